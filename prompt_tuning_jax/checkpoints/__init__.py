@@ -1,0 +1,1 @@
+"""Reading and writing weights and prompts, one format per file."""

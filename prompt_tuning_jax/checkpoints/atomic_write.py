@@ -1,0 +1,69 @@
+"""Files and folders that appear whole or not at all."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+Path = str | os.PathLike
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[pathlib.Path]:
+  """Gives a temporary sibling to write; on success it replaces `path`, on an error it goes."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  try:
+    yield temporary
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, replace: bool = False) -> Iterator[pathlib.Path]:
+  """Gives a temporary sibling folder to fill; on success it becomes `path`.
+
+  Raises ValueError if `path` exists and is not an empty folder, unless told to `replace` it: then
+  the old folder steps aside for the instant between two renames.
+  """
+  path = pathlib.Path(path)
+  if path.exists() and not path.is_dir() or not replace and path.is_dir() and any(path.iterdir()):
+    raise ValueError(f'{path} exists already: delete it or write to another folder.')
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = pathlib.Path(tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent))
+  try:
+    temporary.chmod(0o777 & ~_umask())
+    yield temporary
+    for file in temporary.rglob('*'):
+      sync(file)
+    if replace and path.exists():
+      old = temporary.with_name(temporary.name + '.old')
+      os.replace(path, old)
+      os.replace(temporary, path)
+      shutil.rmtree(old)
+    else:
+      os.replace(temporary, path)
+    sync(path.parent)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync(path: Path):
+  """Waits until a file or folder has reached the disk."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def _umask() -> int:
+  mask = os.umask(0)
+  os.umask(mask)
+  return mask

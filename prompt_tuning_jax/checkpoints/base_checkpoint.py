@@ -1,0 +1,145 @@
+"""A frozen base model: found by name or folder, read onto its shards, known by a fingerprint."""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prompt_tuning_jax import param_paths
+from prompt_tuning_jax.checkpoints import hf_config, hf_safetensors, stored_leaf, t5x_legacy
+from prompt_tuning_jax.checkpoints.hf_config import VocabularyFile
+from prompt_tuning_jax.checkpoints.stored_leaf import ShardingFor
+from prompt_tuning_jax.networks.t5 import T5Config, Transformer, parameter_specs
+from prompt_tuning_jax.types import Array, DType, PyTree
+
+BUNDLED = pathlib.Path(__file__).parents[1] / 'bases'
+FINGERPRINT_ROWS = 1024
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Base:
+  """A base model in memory. `vocabulary` is None where the folder has none."""
+
+  name: str
+  config: T5Config
+  params: PyTree
+  vocabulary: VocabularyFile | None
+  fingerprint: str
+
+
+def bundled_bases() -> list[str]:
+  """The names of the bases that come with the package."""
+  return sorted(path.parent.name for path in BUNDLED.glob('*/config.json'))
+
+
+def load_base(name_or_folder: str | os.PathLike, *, config: T5Config | None = None,
+              vocabulary_file: str | VocabularyFile | None = None,
+              dtype: DType | None = 'float32',
+              sharding_for: ShardingFor | None = None) -> Base:
+  """Reads a base: a bundled name ('mini'), a Hugging Face or T5X folder, or a gs:// T5X folder.
+
+  A bundled name wins over a folder of that name ('./mini' is the folder). `dtype` is that of the
+  parameters, None as stored; `config.dtype`, of activations, is the caller's to replace.
+  `sharding_for(path, shape)` places each leaf, by default on the first device. `config` and
+  `vocabulary_file` ('bytes' for ByT5) override what the folder says. Raises ValueError naming
+  all leaves that are missing, extra, misshaped or damaged.
+  """
+  folder = _locate(os.path.expanduser(os.fspath(name_or_folder)))
+  if t5x_legacy.is_folder(folder):
+    stored = t5x_legacy.open_folder(folder)
+    config = config or _config_beside(folder) or t5x_legacy.infer_config(stored, folder)
+    name_of = str
+  else:
+    config, stored = hf_safetensors.open_folder(folder, config)
+    name_of = hf_safetensors.name_of
+  vocabulary = _vocabulary(folder, vocabulary_file)
+  shapes = {path: spec.shape for path, spec in parameter_specs(config).items()}
+  params = stored_leaf.load(stored, shapes, folder, dtype, sharding_for, name_of)
+  return Base(_short_name(folder), config, params, vocabulary, fingerprint(params))
+
+
+def random_base(config: T5Config, vocabulary_file: str, seed: int = 0) -> Base:
+  """A base of random float32 weights, T5X's initialisation: where pretraining starts."""
+  vocabulary = _vocabulary('', vocabulary_file)
+  token = jnp.ones((1, 1), jnp.int32)
+  init = jax.jit(lambda key: Transformer(config).init(key, token, token, token)['params'])
+  params = init(jax.random.key(seed))
+  return Base('random', config, params, vocabulary, fingerprint(params))
+
+
+def _locate(name: str) -> str:
+  """The folder that a user's name stands for; raises ValueError where it is no checkpoint."""
+  bundled = bundled_bases()
+  if name in bundled:
+    return os.fspath(BUNDLED / name)
+  is_remote = name.startswith('gs://')
+  if not is_remote and not os.path.isdir(name):
+    what = 'a file, not a folder' if os.path.exists(name) else 'no folder'
+    raise ValueError(f'The base {name!r} is {what}, and no bundled base: those are '
+                     f'{", ".join(bundled) or "none in this installation"}.')
+  if t5x_legacy.is_folder(name) or not is_remote and hf_safetensors.is_folder(pathlib.Path(name)):
+    return name
+  inside = t5x_legacy.checkpoints_under(name)
+  hint = f' Did you mean {os.path.join(name, inside[-1])}?' if inside else ''
+  remote = ' A Hugging Face folder must be copied to a local disk first.' if is_remote else ''
+  raise ValueError(f'{name} is no checkpoint: it has neither the file `checkpoint` of T5X nor the '
+                   f'config.json of Hugging Face.{hint or remote}')
+
+
+def _config_beside(folder: str) -> T5Config | None:
+  """The network of a T5X folder that has a Hugging Face config.json beside its weights."""
+  path = pathlib.Path(folder)
+  is_there = not folder.startswith('gs://') and hf_safetensors.is_folder(path)
+  return hf_config.read_config(path)[0] if is_there else None
+
+
+def _vocabulary(folder: str, given: str | VocabularyFile | None) -> VocabularyFile | None:
+  if isinstance(given, str | os.PathLike):
+    given = VocabularyFile(os.fspath(given), 125 if given == hf_config.BYTES else 100)
+  if given is not None:
+    is_local = given.file != hf_config.BYTES and '://' not in given.file
+    if is_local and not os.path.isfile(given.file):
+      raise ValueError(f'There is no vocabulary file {given.file}.')
+    return given
+  if folder.startswith('gs://'):
+    return None
+  path = pathlib.Path(folder)
+  config = hf_config.read_json(path / 'config.json') if hf_safetensors.is_folder(path) else {}
+  return hf_config.find_vocabulary(path, config.get('model_type', 't5'))
+
+
+def _short_name(folder: str) -> str:
+  """The last part of the path; of a T5X 'checkpoint_N', the last two."""
+  parts = [part for part in os.path.abspath(folder.removeprefix('gs:/')).split('/') if part]
+  return '/'.join(parts[-2 if parts[-1].startswith('checkpoint') else -1:])
+
+
+def fingerprint(params: PyTree) -> str:
+  """SHA-256, in hex, of what makes a base this base.
+
+  Over the sorted leaf names and shapes, then the bfloat16-rounded bytes of the embedding's rows
+  0-1023 and of every one-dimensional leaf, in the order of their names. A fine-tuned sibling
+  differs; a T5X, a Hugging Face, a float32 and a bfloat16 copy agree.
+  """
+  leaves: dict[str, Any] = param_paths.flatten(params)
+  digest = hashlib.sha256()
+  for path, leaf in leaves.items():
+    digest.update(f'{path} {"x".join(map(str, leaf.shape))}\n'.encode())
+  for path, leaf in leaves.items():
+    if path == 'token_embedder/embedding':
+      digest.update(_rounded_bytes(leaf[:FINGERPRINT_ROWS]))
+    elif len(leaf.shape) == 1:
+      digest.update(_rounded_bytes(leaf))
+  return digest.hexdigest()
+
+
+def _rounded_bytes(leaf: Array) -> bytes:
+  if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+    from jax.experimental import multihost_utils
+    leaf = multihost_utils.process_allgather(leaf, tiled=True)
+  return np.asarray(leaf).astype(jnp.bfloat16).tobytes()

@@ -1,0 +1,193 @@
+"""The prompt file: a few kilobytes of trained leaves and what they belong to.
+
+safetensors, float32 leaves under their parameter names (`prompt/embedding` [P, D], `prefix/…`) and
+one metadata entry, `prompt_tuning_jax`, in JSON: `describe` makes it. Also reads the .npy prompts
+of google-research/prompt-tuning.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import prompt_tuning_jax
+from prompt_tuning_jax.checkpoints import safetensors_file
+from prompt_tuning_jax.checkpoints.atomic_write import atomic_file
+from prompt_tuning_jax.types import Array
+
+KEY = 'prompt_tuning_jax'
+EMBEDDING = 'prompt/embedding'
+FORMAT_VERSION = 1
+MAX_LENGTH = 100_000  # rows of a prompt: more is a mistake, such as a whole embedding table
+_NAME = re.compile(r'[\w.-]+(/[\w.-]+)*')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PromptFile:
+  """Trained leaves {path: float32 array}, and the metadata ({} for a .npy prompt)."""
+
+  params: dict[str, np.ndarray]
+  metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def describe(base: Any, *, method: str = 'prompt_tuning', placement: str = 'before',
+             length: int | None = None, task: str | None = None,
+             labels: Sequence[str] | None = None,
+             metric: Mapping[str, Any] | None = None) -> dict[str, Any]:
+  """The metadata of a prompt trained on `base` (a `base_checkpoint.Base`).
+
+  `length` counts virtual tokens, `metric` has name, value and step.
+  """
+  vocabulary = base.vocabulary
+  return {
+      'format_version': FORMAT_VERSION, 'method': method, 'placement': placement,
+      'length': length,
+      'base': {'name': base.name, 'fingerprint': base.fingerprint,
+               'd_model': base.config.emb_dim, 'num_embeddings': base.config.vocab_size},
+      'vocabulary': vocabulary and {'sha256': vocabulary.sha256,
+                                    'extra_ids': vocabulary.extra_ids},
+      'task': task, 'labels': None if labels is None else list(labels),
+      'metric': None if metric is None else dict(metric),
+      'version': prompt_tuning_jax.__version__}
+
+
+def save(path: str | os.PathLike, prompt: PromptFile):
+  """Writes a prompt file; it replaces `path` in one step. Raises ValueError for NaN or no leaves.
+  """
+  params = {name: np.asarray(leaf, np.float32) for name, leaf in sorted(prompt.params.items())}
+  metadata = {'format_version': FORMAT_VERSION, **prompt.metadata}
+  _check_params(path, params)
+  _check_metadata(path, metadata, params)
+  with atomic_file(path) as temporary:
+    safetensors_file.write(
+        temporary, {name: ('float32', leaf.shape) for name, leaf in params.items()},
+        params.__getitem__, {KEY: json.dumps(metadata, allow_nan=False)})
+
+
+def load(path: str | os.PathLike) -> PromptFile:
+  """Reads a prompt file, or a .npy prompt [P, D]. Raises a one-line ValueError for any other."""
+  path = os.fspath(path)
+  if not os.path.isfile(path):
+    raise ValueError(f'There is no prompt file {path}.')
+  with open(path, 'rb') as file:
+    is_numpy = file.read(6) == b'\x93NUMPY'
+  if is_numpy or path.endswith('.npy'):
+    params, metadata = {EMBEDDING: _load_numpy(path)}, {}
+  else:
+    header = safetensors_file.read_header(path)
+    metadata = _metadata(path, header)
+    params = {name: _read(path, header, name) for name in sorted(header.tensors)}
+  _check_params(path, params)
+  if metadata:
+    _check_metadata(path, metadata, params)
+  return PromptFile(params, metadata)
+
+
+def _load_numpy(path: str) -> np.ndarray:
+  try:
+    # Memory-mapped, so that a shape in the header is checked against the file's size.
+    array = np.load(path, mmap_mode='r', allow_pickle=False)
+  except (ValueError, OSError, EOFError, TypeError, SyntaxError, OverflowError) as error:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise ValueError(f'{path} is not a .npy prompt: {reason.rstrip(".")}.') from None
+  if array.dtype not in (np.float32, np.float64, np.float16) or array.ndim != 2:
+    raise ValueError(f'{path} is not a prompt: expected floats [P, D], got {array.dtype} '
+                     f'{list(array.shape)}.')
+  return np.array(array, np.float32)
+
+
+def _metadata(path: str, header: safetensors_file.Header) -> dict[str, Any]:
+  if KEY not in header.metadata:
+    raise ValueError(f'{path} is a safetensors file but no prompt file: its metadata has no entry '
+                     f'{KEY!r}.')
+  try:
+    metadata = json.loads(header.metadata[KEY])
+  except (ValueError, RecursionError):
+    metadata = None
+  if not isinstance(metadata, dict):
+    raise ValueError(f'{path}: the metadata entry {KEY!r} is not a JSON object.')
+  return metadata
+
+
+def _read(path: str, header: safetensors_file.Header, name: str) -> np.ndarray:
+  entry = header.tensors[name]
+  problem = header.problem(name)
+  if problem:
+    raise ValueError(f'{path}: {name} is {problem}. Copy the file again.')
+  if entry.dtype != 'float32':
+    raise ValueError(f'{path}: {name} is {entry.dtype}, expected float32.')
+  return np.array(header.tensor(name))
+
+
+def _check_params(path: str | os.PathLike, params: Mapping[str, np.ndarray]):
+  if not params:
+    raise ValueError(f'{path} holds no parameters.')
+  for name, leaf in params.items():
+    if not _NAME.fullmatch(name):
+      raise ValueError(f'{path}: {name!r} is no parameter path.')
+    if not leaf.size or leaf.ndim > 8:
+      raise ValueError(f'{path}: {name} has the impossible shape {list(leaf.shape)}.')
+    if not np.isfinite(leaf).all():
+      raise ValueError(f'{path}: {name} has values that are NaN or infinite; the training that '
+                       'made it diverged.')
+  embedding = params.get(EMBEDDING)
+  if embedding is not None and (embedding.ndim != 2 or embedding.shape[0] > MAX_LENGTH):
+    raise ValueError(f'{path}: {EMBEDDING} should be [P, D] with P up to {MAX_LENGTH}, got '
+                     f'{list(embedding.shape)}.')
+
+
+def _check_metadata(path: str | os.PathLike, metadata: Mapping[str, Any],
+                    params: Mapping[str, np.ndarray]):
+  """Checks the types that a reader relies on, and the lengths against the arrays."""
+  version = metadata.get('format_version')
+  if version != FORMAT_VERSION or isinstance(version, bool):
+    raise ValueError(f'{path} has format_version {version!r}; this is '
+                     f'prompt_tuning_jax {prompt_tuning_jax.__version__}, which reads '
+                     f'{FORMAT_VERSION}. A newer version may read it.')
+  kinds = {'method': str, 'placement': str, 'length': int, 'base': dict, 'vocabulary': dict,
+           'task': str, 'labels': list, 'metric': dict, 'version': str}
+  for key, kind in kinds.items():
+    value = metadata.get(key)
+    if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+      raise ValueError(f'{path}: {key} in the metadata should be a {kind.__name__}, got '
+                       f'{str(value)[:40]!r}.')
+  embedding, length = params.get(EMBEDDING), metadata.get('length')
+  if embedding is not None and length is not None and embedding.shape[0] != length:
+    raise ValueError(f'{path}: {EMBEDDING} has {embedding.shape[0]} rows, but the metadata says '
+                     f'length {length}.')
+  width = (metadata.get('base') or {}).get('d_model')
+  if embedding is not None and width is not None and embedding.shape[1] != width:
+    raise ValueError(f'{path}: {EMBEDDING} is {embedding.shape[1]} wide, but the metadata says '
+                     f'd_model {width}.')
+
+
+def check(prompt: PromptFile, base: Any):
+  """Raises one ValueError, saying which, where a prompt does not belong to `base`.
+
+  Compares width, number of embedding rows, fingerprint and vocabulary, as far as the file has
+  them: a .npy prompt has nothing but its width.
+  """
+  made = prompt.metadata.get('base') or {}
+  words = prompt.metadata.get('vocabulary') or {}
+  config, problems = base.config, []
+
+  def compare(what: str, of_prompt: Any, of_base: Any):
+    if of_prompt is not None and of_prompt != of_base:
+      problems.append(f'{what} is {str(of_prompt)[:12]}, but {str(of_base)[:12]} in this base')
+
+  embedding: Array | None = prompt.params.get(EMBEDDING)
+  width = made.get('d_model') if embedding is None else embedding.shape[1]
+  compare('the width', width, config.emb_dim)
+  compare('the number of embedding rows', made.get('num_embeddings'), config.vocab_size)
+  compare("the base's fingerprint", made.get('fingerprint'), base.fingerprint)
+  if base.vocabulary is not None:
+    compare("the vocabulary's SHA-256", words.get('sha256'), base.vocabulary.sha256)
+    compare("the vocabulary's number of extra ids", words.get('extra_ids'),
+            base.vocabulary.extra_ids)
+  if problems:
+    raise ValueError(f'The prompt does not belong to the base {base.name!r} (it was trained on '
+                     f'{made.get("name", "an unnamed one")!r}): {"; ".join(problems)}.')

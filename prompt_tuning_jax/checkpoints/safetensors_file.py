@@ -1,0 +1,133 @@
+"""The safetensors format: eight bytes of header length, a JSON header, the tensors' bytes.
+
+Read here as memory maps, so that a shard reads only its slice and a damaged file can name the
+tensors it lost; written tensor by tensor, so that a model is never held twice.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from prompt_tuning_jax.types import Shape
+
+DTYPES = {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16',
+          'I64': 'int64', 'I32': 'int32', 'I16': 'int16', 'I8': 'int8', 'U8': 'uint8',
+          'BOOL': 'bool'}
+CODES = {name: code for code, name in DTYPES.items()}
+MAX_HEADER_BYTES = 100_000_000  # as the safetensors library has it
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """Where a tensor lies: `begin` counts from the start of the file."""
+
+  dtype: str
+  shape: Shape
+  begin: int
+  end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+  """What a file says it holds; `size` is the length it should have, `found` what it has."""
+
+  path: str
+  tensors: dict[str, Entry]
+  metadata: dict[str, str]
+  size: int
+  found: int
+
+  def problem(self, name: str) -> str | None:
+    """Why a tensor cannot be read, or None."""
+    if self.tensors[name].end > self.found:
+      return f'truncated ({os.path.basename(self.path)} has {self.found} of {self.size} bytes)'
+    return None
+
+  def tensor(self, name: str) -> np.ndarray:
+    """A read-only memory map of one tensor."""
+    entry = self.tensors[name]
+    dtype = jnp.dtype(entry.dtype)
+    if not math.prod(entry.shape):
+      return np.zeros(entry.shape, dtype)
+    flat = np.memmap(self.path, np.uint8, 'r', entry.begin, (entry.end - entry.begin,))
+    return flat.view(dtype).reshape(entry.shape)
+
+
+def read_header(path: str | os.PathLike) -> Header:
+  """Reads and checks the header. A file whose tensors are cut off still has one.
+
+  Raises ValueError, in one line, for anything that is not a safetensors header.
+  """
+  path = os.fspath(path)
+  try:
+    with open(path, 'rb') as file:
+      found = os.fstat(file.fileno()).st_size
+      length = int.from_bytes(file.read(8), 'little')
+      if found < 8 or not 0 < length <= min(found - 8, MAX_HEADER_BYTES):
+        raise ValueError(f'a header of {length} bytes does not fit in {found} bytes')
+      header = json.loads(file.read(length).decode())
+    metadata = header.pop('__metadata__', {})
+    if not all(isinstance(text, str) for text in metadata.values()):
+      raise ValueError('its metadata is not text')
+    tensors = {name: _entry(name, value, 8 + length) for name, value in header.items()}
+    _check_overlap(tensors, 8 + length)
+  except OSError as error:
+    raise ValueError(f'Cannot read {path}: {error.strerror}.') from None
+  except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise ValueError(f'{path} is not a safetensors file: {reason}.') from None
+  size = max([8 + length, *(entry.end for entry in tensors.values())])
+  if found > size:
+    raise ValueError(f'{path} is not a safetensors file: {found - size} bytes follow its tensors.')
+  return Header(path, tensors, metadata, size, found)
+
+
+def _entry(name: str, value: Mapping[str, Any], start: int) -> Entry:
+  dtype, shape, (begin, end) = value['dtype'], value['shape'], value['data_offsets']
+  numbers = [*shape, begin, end]
+  if not all(type(number) is int and number >= 0 for number in numbers):
+    raise ValueError(f'{name} has impossible numbers {numbers}')
+  # A float8 or another dtype that this package does not know is listed, and refused by name.
+  known = DTYPES.get(dtype)
+  expected = math.prod(shape) * jnp.dtype(known).itemsize if known else end - begin
+  if end - begin != expected:
+    raise ValueError(f'{name} {dtype}{shape} takes {expected} bytes, not {end - begin}')
+  return Entry(known or str(dtype), tuple(shape), start + begin, start + end)
+
+
+def _check_overlap(tensors: Mapping[str, Entry], start: int):
+  at = start
+  for name, entry in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+    if entry.begin != at:
+      raise ValueError(f'{name} starts at byte {entry.begin}, expected {at}')
+    at = entry.end
+
+
+def write(path: str | os.PathLike, tensors: Mapping[str, tuple[str, Shape]],
+          get: Callable[[str], np.ndarray], metadata: Mapping[str, str] | None = None):
+  """Writes {name: (dtype name, shape)}, asking `get(name)` for one tensor after the other.
+
+  The file is not atomic by itself: give a temporary path.
+  """
+  header: dict[str, Any] = {'__metadata__': dict(metadata)} if metadata else {}
+  at = 0
+  for name, (dtype, shape) in tensors.items():
+    if dtype not in CODES:
+      raise ValueError(f'{name}: safetensors has no dtype {dtype}.')
+    size = math.prod(shape) * jnp.dtype(dtype).itemsize
+    header[name] = {'dtype': CODES[dtype], 'shape': list(shape), 'data_offsets': [at, at + size]}
+    at += size
+  text = json.dumps(header, ensure_ascii=False, separators=(',', ':')).encode()
+  text += b' ' * (-len(text) % 8)
+  with open(path, 'wb') as file:
+    file.write(len(text).to_bytes(8, 'little') + text)
+    for name, (dtype, shape) in tensors.items():
+      array = np.ascontiguousarray(get(name))
+      assert array.dtype == jnp.dtype(dtype) and array.shape == tuple(shape), (name, array.dtype)
+      file.write(array.reshape(-1).view(np.uint8).data)

@@ -1,0 +1,113 @@
+"""Leaves that lie in a file: checked all together, then loaded one by one onto their shards."""
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prompt_tuning_jax import param_paths
+from prompt_tuning_jax.types import Array, DType, PyTree, Shape
+
+ShardingFor = Callable[[str, Shape], jax.sharding.Sharding]
+FLOATS = ('float64', 'float32', 'float16', 'bfloat16')
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredLeaf:
+  """One parameter in a file, seen under its canonical shape.
+
+  `read` takes one slice an axis and returns that part; `problem` says why there is nothing to
+  read; `name` is what the file calls the parameter.
+  """
+
+  name: str
+  shape: Shape
+  dtype: str
+  read: Callable[[tuple[slice, ...]], np.ndarray]
+  problem: str | None = None
+
+
+def check(stored: Mapping[str, StoredLeaf], shapes: Mapping[str, Shape], where: str,
+          name_of: Callable[[str], str] = lambda path: path):
+  """Raises one ValueError naming every leaf that is missing, extra, misshaped or unreadable."""
+  missing = [_named(path, name_of(path)) for path in shapes if path not in stored]
+  extra = [_named(path, leaf.name) for path, leaf in stored.items() if path not in shapes]
+  wrong, broken = [], []
+  for path, leaf in stored.items():
+    if path not in shapes:
+      continue
+    if leaf.problem or leaf.dtype not in FLOATS:
+      broken.append(f'{_named(path, leaf.name)}: {leaf.problem or f"its dtype is {leaf.dtype}"}')
+    elif leaf.shape != tuple(shapes[path]):
+      wrong.append(f'{_named(path, leaf.name)} is {list(leaf.shape)}, '
+                   f'expected {list(shapes[path])}')
+  _raise(where, {'missing': missing, 'extra': extra, 'wrong shape': wrong, 'unreadable': broken})
+
+
+def load(stored: Mapping[str, StoredLeaf], shapes: Mapping[str, Shape], where: str,
+         dtype: DType | None = None, sharding_for: ShardingFor | None = None,
+         name_of: Callable[[str], str] = lambda path: path) -> PyTree:
+  """A nested tree of jax Arrays: each leaf is read shard by shard, cast to `dtype` on the way.
+
+  `dtype` None keeps each leaf's own; `sharding_for(path, shape)` defaults to the first device.
+  Only a few leaves are in host memory at a time. Raises as `check` does, also for leaves whose
+  bytes turn out to be damaged.
+  """
+  check(stored, shapes, where, name_of)
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+  def load_one(path: str) -> jax.Array | Exception:
+    sharding = sharding_for(path, stored[path].shape) if sharding_for else device
+    try:
+      return _load_leaf(stored[path], dtype, sharding)
+    except (ValueError, OSError) as error:
+      return error
+
+  with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:
+    leaves = dict(zip(shapes, pool.map(load_one, shapes), strict=True))
+  _raise(where, {'unreadable': [f'{_named(path, stored[path].name)}: {error}'
+                                for path, error in leaves.items()
+                                if isinstance(error, Exception)]})
+  return param_paths.unflatten(leaves)
+
+
+def _load_leaf(leaf: StoredLeaf, dtype: DType | None,
+               sharding: jax.sharding.Sharding) -> jax.Array:
+  dtype = jnp.dtype(dtype or leaf.dtype)
+  parts = {}  # devices that hold the same part share one read
+
+  def part(index: tuple[slice, ...]) -> np.ndarray:
+    key = tuple((s.start, s.stop) for s in index)
+    if key not in parts:
+      # Always a copy: an array on CPU may keep this memory, and the file must not stay mapped.
+      parts[key] = np.array(leaf.read(index), dtype=dtype, order='C')
+    return parts[key]
+
+  # Waiting frees the host's copy before the next leaf is read.
+  return jax.make_array_from_callback(leaf.shape, sharding, part).block_until_ready()
+
+
+def to_host(path: str, leaf: Array) -> np.ndarray:
+  """One leaf as a NumPy array. Raises ValueError where this process holds only a part of it."""
+  if not isinstance(leaf, jax.Array):
+    return np.asarray(leaf)
+  if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+    raise ValueError(f'{path} is spread over several processes: only a checkpoint whose leaves '
+                     'are whole in this process can be written.')
+  # Of a copy: an Array keeps the NumPy value it once gave, which would add up to a second model.
+  return np.asarray(jnp.copy(leaf) if leaf.is_fully_addressable else leaf)
+
+
+def _named(path: str, name: str) -> str:
+  return path if name == path else f'{path} ({name})'
+
+
+def _raise(where: str, problems: Mapping[str, list[str]]):
+  found = '; '.join(f'{kind}: {", ".join(sorted(leaves))}'
+                    for kind, leaves in problems.items() if leaves)
+  if found:
+    raise ValueError(f'The weights in {where} do not fit the network. {found[0].upper()}'
+                     f'{found[1:]}.')

@@ -1,0 +1,214 @@
+"""T5X's legacy checkpoint folders, without t5x: local, or gs:// (read by tensorstore).
+
+The file `checkpoint` is flax msgpack, {version, optimizer: {state, target}}: small leaves sit in
+it, large ones are zarr arrays in folders beside it. The optimizer's state is ignored.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import serialization
+
+from prompt_tuning_jax import param_paths
+from prompt_tuning_jax.checkpoints.atomic_write import atomic_folder
+from prompt_tuning_jax.checkpoints.stored_leaf import StoredLeaf, to_host
+from prompt_tuning_jax.networks.t5 import T5Config
+from prompt_tuning_jax.types import PyTree, Shape
+
+VERSION = 3
+CHUNK_BYTES = 64 * 2 ** 20
+MAX_INDEX_BYTES = 2 ** 31
+_LEAF_KEYS = {'driver', 'kvstore'}  # a mapping with these is a zarr array, not a branch
+
+
+def is_folder(folder: str | os.PathLike) -> bool:
+  """Whether this is a T5X folder, readable or not."""
+  if _is_remote(folder):
+    return any(key == b'checkpoint' for key in _list(folder, 'checkpoint'))
+  return os.path.isfile(os.path.join(folder, 'checkpoint'))
+
+
+def checkpoints_under(folder: str | os.PathLike) -> list[str]:
+  """Names of the folders `checkpoint_N` under `folder`, oldest first; for error messages."""
+  if _is_remote(folder):
+    names = {key.decode().split('/')[0] for key in _list(folder, 'checkpoint_')}
+  else:
+    names = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+  return sorted((name for name in names if re.fullmatch(r'checkpoint_\d+', name)),
+                key=lambda name: int(name.split('_')[1]))
+
+
+def open_folder(folder: str | os.PathLike) -> dict[str, StoredLeaf]:
+  """{path: leaf} of a legacy checkpoint; reads the `checkpoint` file only."""
+  folder = os.fspath(folder)
+  target = _read_index(folder)
+  stored = {}
+
+  def visit(branch: Mapping[str, Any], prefix: str):
+    for key, value in branch.items():
+      path = prefix + str(key)
+      if isinstance(value, Mapping) and not _LEAF_KEYS <= value.keys():
+        visit(value, path + '/')
+      else:
+        stored[path] = _leaf(folder, path, value)
+
+  visit(target, '')
+  return stored
+
+
+def _read_index(folder: str) -> Mapping[str, Any]:
+  where = f'{folder.rstrip("/")}/checkpoint'
+  try:
+    data = _open_store(folder).read('checkpoint').result()
+    if data.state != 'value' or len(data.value) > MAX_INDEX_BYTES:
+      raise ValueError(f'{folder} has no file named checkpoint: it is no T5X checkpoint.')
+    content = serialization.msgpack_restore(data.value)
+  except Exception as error:  # msgpack and tensorstore raise many kinds
+    if isinstance(error, ValueError) and str(error).startswith(folder):
+      raise
+    raise ValueError(f'Cannot read {where}: {_first_line(error)}.') from None
+  optimizer = content.get('optimizer') if isinstance(content, Mapping) else None
+  target = optimizer.get('target') if isinstance(optimizer, Mapping) else None
+  if not isinstance(target, Mapping):
+    raise ValueError(f'{where} is not a legacy T5X checkpoint: it has no optimizer/target. '
+                     'T5X writes one with `use_orbax=False`.')
+  return target
+
+
+def _leaf(folder: str, path: str, value: Any) -> StoredLeaf:
+  if isinstance(value, np.ndarray | np.generic):
+    array = np.asarray(value)
+    return StoredLeaf(path, array.shape, array.dtype.name, lambda index: array[index])
+  try:
+    metadata = value['metadata']
+    shape = tuple(int(size) for size in metadata['shape'])
+    dtype = jnp.dtype(metadata['dtype']).name
+    # The folder's last part only: T5X stores paths relative to the checkpoint, and what a file
+    # says must not lead out of it.
+    kvstore = value['kvstore']
+    name = (kvstore.get('path') or value['path']).rstrip('/').split('/')[-1]
+    if value['driver'] != 'zarr' or name in ('', '.', '..') or min(shape, default=1) < 0:
+      raise ValueError
+  except (KeyError, TypeError, ValueError, AttributeError):
+    return StoredLeaf(path, (), 'unknown', lambda index: np.zeros(()),
+                      f'is {str(value)[:80]!r}, neither an array nor the place of a zarr array')
+  spec = {'driver': 'zarr', 'kvstore': _kvstore(f'{folder.rstrip("/")}/{name}')}
+  if metadata.get('fill_value') is None:
+    spec['fill_missing_data_reads'] = False  # a lost chunk would read as zeros
+
+  def read(index: tuple[slice, ...]) -> np.ndarray:
+    import tensorstore as ts
+    try:
+      store = ts.open(spec, open=True, read=True).result()
+      if tuple(store.shape) != shape:
+        raise ValueError(f'its zarr array is {list(store.shape)}, expected {list(shape)}')
+      return store[index].read().result()
+    except Exception as error:
+      raise ValueError(_first_line(error)) from None
+
+  return StoredLeaf(path, shape, dtype, read)
+
+
+def infer_config(stored: Mapping[str, StoredLeaf], where: str) -> T5Config:
+  """The network that the leaves' shapes describe.
+
+  Two things leave no trace in a T5X checkpoint and are T5's own here: the dropout rate (0.1) and
+  the maximum distance of relative positions (128).
+  """
+  def shape(path: str, rank: int) -> Shape:
+    if path not in stored or len(stored[path].shape) != rank:
+      raise ValueError(f'Cannot tell the network from {where}: {path} is missing or is not of '
+                       f'rank {rank}. Name the network.')
+    return stored[path].shape
+
+  def num_layers(side: str) -> int:
+    return len({path.split('/')[1] for path in stored if path.startswith(f'{side}/layers_')})
+
+  vocab_size, emb_dim = shape('token_embedder/embedding', 2)
+  heads, buckets = shape('encoder/relpos_bias/rel_embedding', 2)
+  is_gated = 'encoder/layers_0/mlp/wi_0/kernel' in stored
+  return T5Config(
+      vocab_size=vocab_size, emb_dim=emb_dim, num_heads=heads,
+      num_encoder_layers=num_layers('encoder'), num_decoder_layers=num_layers('decoder'),
+      head_dim=shape('encoder/layers_0/attention/query/kernel', 2)[1] // max(heads, 1),
+      mlp_dim=shape('encoder/layers_0/mlp/wo/kernel', 2)[0],
+      mlp_activations=('gelu', 'linear') if is_gated else ('relu',),
+      logits_via_embedding='decoder/logits_dense/kernel' not in stored,
+      relative_attention_num_buckets=buckets)
+
+
+def write(folder: str | os.PathLike, params: PyTree, *, step: int = 0):
+  """Writes a legacy T5X checkpoint leaf by leaf, dtypes kept, with an empty optimizer state.
+
+  Raises ValueError if `folder` exists. A local folder appears whole or not at all; on gs://,
+  `checkpoint` is written last.
+  """
+  folder = os.fspath(folder).rstrip('/')
+  if not _is_remote(folder):
+    with atomic_folder(folder) as temporary:
+      _write(os.fspath(temporary), params, step)
+  elif next(iter(_list(folder, '')), None) is not None:
+    raise ValueError(f'{folder} exists already: delete it or write to another folder.')
+  else:
+    _write(folder, params, step)
+
+
+def _write(folder: str, params: PyTree, step: int):
+  target = {}
+  for path, leaf in param_paths.flatten(params).items():
+    array = to_host(path, leaf)
+    # As T5X: norms and relative positions in the index, matrices in zarr.
+    is_small = array.ndim < 2 or path.endswith('/rel_embedding')
+    target[path] = array if is_small else _write_zarr(folder, path, array)
+  content = {'version': VERSION, 'optimizer': {
+      'state': {'step': np.asarray(step, np.int32), 'param_states': {}},
+      'target': param_paths.unflatten(target)}}
+  _open_store(folder).write('checkpoint', serialization.msgpack_serialize(content)).result()
+
+
+def _write_zarr(folder: str, path: str, array: np.ndarray) -> dict[str, Any]:
+  """Writes one array; returns the spec under which T5X's index knows it."""
+  import tensorstore as ts
+  name = f'target.{path.replace("/", ".")}'
+  row_bytes = max(array.nbytes // max(array.shape[0], 1), 1)
+  rows = min(max(CHUNK_BYTES // row_bytes, 1), max(array.shape[0], 1))
+  metadata = {
+      'chunks': [rows, *(max(size, 1) for size in array.shape[1:])], 'shape': list(array.shape),
+      'compressor': {'id': 'gzip', 'level': 1},
+      'dtype': 'bfloat16' if array.dtype == jnp.bfloat16 else array.dtype.str}
+  spec = {'driver': 'zarr', 'kvstore': _kvstore(f'{folder}/{name}'), 'metadata': metadata}
+  ts.open(spec, create=True).result().write(array).result()
+  return {'driver': 'zarr', 'kvstore': {'driver': 'gfile', 'path': name}, 'metadata': metadata}
+
+
+def _is_remote(folder: str | os.PathLike) -> bool:
+  return os.fspath(folder).startswith('gs://')
+
+
+def _kvstore(folder: str) -> dict[str, str]:
+  """tensorstore's name of a folder."""
+  if not _is_remote(folder):
+    return {'driver': 'file', 'path': os.path.abspath(folder) + '/'}
+  bucket, _, path = folder.removeprefix('gs://').partition('/')
+  return {'driver': 'gcs', 'bucket': bucket, 'path': path.rstrip('/') + '/' if path else ''}
+
+
+def _open_store(folder: str | os.PathLike):
+  import tensorstore as ts
+  return ts.KvStore.open(_kvstore(os.fspath(folder))).result()
+
+
+def _list(folder: str | os.PathLike, prefix: str) -> list[bytes]:
+  import tensorstore as ts
+  end = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ''
+  return _open_store(folder).list(ts.KvStore.KeyRange(prefix, end)).result()
+
+
+def _first_line(error: Exception) -> str:
+  """The message without tensorstore's specs and source lines."""
+  text = (str(error).splitlines() or [type(error).__name__])[0]
+  return text.split(' [tensorstore_spec=')[0].split(' [source locations=')[0].rstrip('.')

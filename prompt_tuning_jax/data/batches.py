@@ -1,0 +1,309 @@
+"""Which examples stand in which batch, and their arrays, as pure functions of (seed, step).
+
+A batch is four arrays, virtual tokens already among the text's ids (int32, 0 is padding):
+  encoder_input_tokens   [B, T]
+  decoder_input_tokens   [B, S]  the targets one position later, 0 first
+  decoder_target_tokens  [B, S]
+  decoder_loss_weights   [B, S]  float32, 1 where there is a target
+
+Examples are drawn from an endless stream: every example once, shuffled, then every example once
+again. A batch is a piece of that stream; the one that begins an epoch's end holds the next epoch's
+beginning too, so nothing is dropped. Inside an epoch, windows of some batches are sorted by width
+and their batches shuffled, so that little is padding. Nothing here has state: a resume is a step.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from prompt_tuning_jax.data.token_cache import TokenCache
+from prompt_tuning_jax.prompts.virtual_tokens import VirtualTokens
+
+SLOTS = 1 << 12  # Rates are kept to about 1 / SLOTS.
+# Batches are not sorted by shorter targets: a label's length would tell the labels apart.
+SHORT_TARGET = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+  """Widths that texts (without a prompt) and targets are rounded up to: few shapes, little padding.
+
+  No batch is wider than the task's lengths; () makes every batch that wide.
+  """
+
+  inputs: Sequence[int] = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+  targets: Sequence[int] = (4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+
+  def __post_init__(self):
+    for widths in (self.inputs, self.targets):
+      if list(widths) != sorted(set(widths)) or min(widths, default=1) < 1:
+        raise ValueError(f'Buckets must be rising widths from 1, got {widths}.')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainBatches:
+  """Batches of one task or of a mixture.
+
+  Args:
+    caches: the tasks' token caches.
+    batch_size: B, of all processes together.
+    seed: decides all orders.
+    virtual: a prompt, or one for each cache.
+    rates: a positive number for each cache: their shares of a batch; every cache then has epochs
+      of its own. Without it the caches are one set of examples.
+    process_index, process_count: this process gets rows [i B / n, (i + 1) B / n) of each batch.
+    window: in how many batches rows of similar width are brought together.
+  """
+
+  caches: Sequence[TokenCache]
+  batch_size: int
+  seed: int = 0
+  virtual: VirtualTokens | Sequence[VirtualTokens | None] | None = None
+  buckets: Buckets | None = None
+  rates: Sequence[float] | None = None
+  process_index: int = 0
+  process_count: int = 1
+  window: int = 64
+
+  def __post_init__(self):
+    put = functools.partial(object.__setattr__, self)
+    put('caches', (self.caches,) if isinstance(self.caches, TokenCache) else tuple(self.caches))
+    put('virtual', _one_each(self.virtual, len(self.caches)))
+    put('buckets', self.buckets or Buckets())
+    # Two epochs of every source are all that a batch near an epoch's end looks at.
+    put('_permutation', functools.lru_cache(2 * len(self.caches))(self._make_permutation))
+    put('_window_rows', functools.lru_cache(2)(self._make_window_rows))
+    _check_batch_size(self.batch_size, self.process_index, self.process_count)
+    if not self.caches:
+      raise ValueError('Training needs at least one task, got none.')
+    if len({str(cache.meta.get('vocabulary')) for cache in self.caches}) > 1:
+      raise ValueError('The tasks of a mixture must have one vocabulary.')
+    if self.rates is not None and (len(self.rates) != len(self.caches) or min(self.rates) <= 0):
+      raise ValueError(f'Give a positive rate for each of {len(self.caches)} tasks, got '
+                       f'{self.rates}.')
+    if self.seed < 0 or self.window < 1:
+      raise ValueError(f'Expected seed >= 0 and window >= 1, got {self.seed} and {self.window}.')
+
+  @property
+  def num_examples(self) -> int:
+    return int(self._first_rows[-1])
+
+  def batch_at(self, step: int) -> dict[str, np.ndarray]:
+    """This process's rows of batch `step` (from 0)."""
+    rows = self.rows_at(step)
+    widths = _widths(self._input_lengths[rows].max(), self._target_lengths[rows].max(),
+                     self.caches, self.buckets)
+    local = self.batch_size // self.process_count
+    rows = rows[local * self.process_index:][:local]
+    cache_of = np.searchsorted(self._first_rows, rows, 'right') - 1
+    longest_prompt = max(v.length if v else 0 for v in self.virtual)
+    batch = _empty_batch(local, widths[0] + longest_prompt, widths[1])
+    for i in np.unique(cache_of):
+      here = np.flatnonzero(cache_of == i)
+      cache = self.caches[i]
+      part = _assemble(cache.input_tokens, cache.input_offsets, cache.target_tokens,
+                       cache.target_offsets, rows[here] - self._first_rows[i], widths,
+                       self.virtual[i])
+      for name, array in part.items():
+        batch[name][here, :array.shape[1]] = array
+    return batch
+
+  def rows_at(self, step: int) -> np.ndarray:
+    """[B] int64: the examples of batch `step`, numbered through all caches one after another."""
+    first, last = self._window(step)
+    return self._window_rows(first, last)[step - first]
+
+  def _window(self, step: int) -> tuple[int, int]:
+    """The batches [first, last) that `step` is sorted with: all of one epoch, or alone."""
+    if len(self._sources) > 1:
+      first = step // self.window * self.window
+      return first, first + self.window
+    size, epoch = self.batch_size, self.num_examples
+    begins = step * size // epoch * epoch  # The epoch of the batch's first row.
+    if step * size + size > begins + epoch:
+      return step, step + 1  # It holds an epoch's end.
+    first_whole = -(-begins // size)
+    first = first_whole + (step - first_whole) // self.window * self.window
+    return first, min(first + self.window, (begins + epoch) // size)
+
+  def _make_window_rows(self, first: int, last: int) -> np.ndarray:
+    """[last - first, B] int64."""
+    rows = self._draw(np.arange(first * self.batch_size, last * self.batch_size))
+    if last - first == 1:
+      return rows[None]
+    widths = np.searchsorted(self.buckets.inputs, self._input_lengths[rows])
+    target_widths = np.searchsorted(self.buckets.targets,
+                                    np.maximum(self._target_lengths[rows], SHORT_TARGET))
+    rows = rows[np.lexsort((target_widths, widths))].reshape(-1, self.batch_size)
+    return rows[np.random.default_rng([self.seed, 1, first]).permutation(len(rows))]
+
+  def _draw(self, positions: np.ndarray) -> np.ndarray:
+    """What stands at these positions of the stream: [m] int64 -> [m] int64 examples."""
+    pattern, rank, counts = self._pattern
+    turn, slot = np.divmod(positions, len(pattern))
+    source = pattern[slot]
+    epoch, at = np.divmod(turn * counts[source] + rank[slot], self._sizes[source])
+    rows = np.empty(len(positions), np.int64)
+    for i, e in np.unique(np.stack([source, epoch]), axis=1).T:
+      here = (source == i) & (epoch == e)
+      rows[here] = self._sources[i][0] + self._permutation(int(i), int(e))[at[here]]
+    return rows
+
+  def _make_permutation(self, source: int, epoch: int) -> np.ndarray:
+    size = self._sources[source][1]
+    order = np.arange(size, dtype=np.int32 if size < 1 << 31 else np.int64)
+    np.random.default_rng([self.seed, 0, source, epoch]).shuffle(order)
+    return order
+
+  @functools.cached_property
+  def _sources(self) -> list[tuple[int, int]]:
+    """(first example, number of examples) of what has epochs of its own."""
+    firsts = self._first_rows.tolist()
+    if self.rates is None or len(self.caches) == 1:
+      return [(0, firsts[-1])]
+    return [(first, end - first) for first, end in zip(firsts, firsts[1:], strict=False)]
+
+  @functools.cached_property
+  def _sizes(self) -> np.ndarray:
+    return np.array([size for _, size in self._sources])
+
+  @functools.cached_property
+  def _pattern(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Whose turn it is, evenly spread: sources [n], rank among its source's own [n], counts."""
+    rates = np.ones(1) if len(self._sources) == 1 else np.asarray(self.rates, np.float64)
+    counts = np.maximum(1, np.rint(SLOTS * rates / rates.sum())).astype(np.int64)
+    rank = np.concatenate([np.arange(n) for n in counts])
+    source = np.repeat(np.arange(len(counts)), counts)
+    order = np.argsort((rank + .5) / counts[source], kind='stable')
+    return source[order], rank[order], counts
+
+  @functools.cached_property
+  def _first_rows(self) -> np.ndarray:
+    """[caches + 1]: where each cache's examples begin."""
+    return np.cumsum([0, *(cache.num_examples for cache in self.caches)])
+
+  @functools.cached_property
+  def _input_lengths(self) -> np.ndarray:
+    return np.concatenate([cache.input_lengths for cache in self.caches])
+
+  @functools.cached_property
+  def _target_lengths(self) -> np.ndarray:
+    return np.concatenate([cache.target_lengths for cache in self.caches])
+
+
+def eval_batches(cache: TokenCache, batch_size: int, virtual: VirtualTokens | None = None,
+                 buckets: Buckets | None = None, process_index: int = 0, process_count: int = 1,
+                 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+  """Every example once, the longest first.
+
+  Yields:
+    (examples of the whole batch [n <= B] int64, this process's rows of the batch). The last batch
+    is filled up with copies of its last row, whose loss weights are 0.
+  """
+  _check_batch_size(batch_size, process_index, process_count)
+  order = np.lexsort((-cache.target_lengths, -cache.input_lengths))
+  local = slice(batch_size // process_count * process_index,
+                batch_size // process_count * (process_index + 1))
+  for start in range(0, len(order), batch_size):
+    indices = order[start:start + batch_size]
+    rows = np.concatenate([indices, np.repeat(indices[-1:], batch_size - len(indices))])
+    widths = _widths(cache.input_lengths[rows].max(), cache.target_lengths[rows].max(), [cache],
+                     buckets or Buckets())
+    batch = _assemble(cache.input_tokens, cache.input_offsets, cache.target_tokens,
+                      cache.target_offsets, rows[local], widths, virtual)
+    batch['decoder_loss_weights'][max(0, len(indices) - local.start):] = 0
+    yield indices, batch
+
+
+def batch_of(inputs: Sequence[Sequence[int]], targets: Sequence[Sequence[int]],
+             virtual: VirtualTokens | None = None, buckets: Buckets | None = None,
+             ) -> dict[str, np.ndarray]:
+  """The batch of texts that are in no cache: ids with EOS, not padded."""
+  buckets, arrays = buckets or Buckets(), []
+  for lists in (inputs, targets):
+    arrays += [np.array([i for ids in lists for i in ids], np.int32),
+               np.cumsum([0, *map(len, lists)])]
+  widths = [_round_up(np.diff(offsets).max(), widths, None)
+            for offsets, widths in ((arrays[1], buckets.inputs), (arrays[3], buckets.targets))]
+  return _assemble(*arrays, np.arange(len(inputs)), widths, virtual)
+
+
+def _assemble(input_tokens, input_offsets, target_tokens, target_offsets, rows: np.ndarray,
+              widths: Sequence[int], virtual: VirtualTokens | None) -> dict[str, np.ndarray]:
+  """The arrays of some rows of one cache, `widths` being those of text and targets."""
+  encoder = _padded(input_tokens, input_offsets, rows, widths[0])
+  if virtual is not None and virtual.length:
+    encoder = _with_prompt(encoder, input_offsets[rows + 1] - input_offsets[rows], virtual)
+  targets = _padded(target_tokens, target_offsets, rows, widths[1])
+  lengths = target_offsets[rows + 1] - target_offsets[rows]
+  shifted = np.zeros_like(targets)
+  shifted[:, 1:] = targets[:, :-1]
+  return {'encoder_input_tokens': encoder, 'decoder_input_tokens': shifted,
+          'decoder_target_tokens': targets,
+          'decoder_loss_weights': (np.arange(widths[1]) < lengths[:, None]).astype(np.float32)}
+
+
+def _empty_batch(rows: int, encoder_width: int, decoder_width: int) -> dict[str, np.ndarray]:
+  return {'encoder_input_tokens': np.zeros((rows, encoder_width), np.int32),
+          'decoder_input_tokens': np.zeros((rows, decoder_width), np.int32),
+          'decoder_target_tokens': np.zeros((rows, decoder_width), np.int32),
+          'decoder_loss_weights': np.zeros((rows, decoder_width), np.float32)}
+
+
+def _padded(tokens: np.ndarray, offsets: np.ndarray, rows: np.ndarray, width: int) -> np.ndarray:
+  """Rows of a ragged array: [total], [n + 1], [B] -> [B, width] int32, 0 behind each row."""
+  starts = offsets[rows][:, None]
+  columns = np.arange(width)
+  inside = columns < offsets[rows + 1][:, None] - starts
+  padded = np.zeros(inside.shape, np.int32)
+  padded[inside] = tokens[(starts + columns)[inside]]
+  return padded
+
+
+def _with_prompt(text: np.ndarray, lengths: np.ndarray, virtual: VirtualTokens) -> np.ndarray:
+  """`virtual.place` of every row at once: [B, T], [B] -> [B, T + P]."""
+  begins = np.array([_prompt_begins(virtual, n) for n in lengths.tolist()])[:, None]
+  columns = np.arange(text.shape[1] + virtual.length)
+  behind = columns - begins  # Distance from the prompt's first position.
+  source = np.where(behind < 0, columns, np.maximum(columns - virtual.length, 0))
+  placed = np.take_along_axis(text, source, axis=1)
+  in_prompt = (behind >= 0) & (behind < virtual.length)
+  placed[in_prompt] = virtual.ids[behind[in_prompt]]
+  return placed
+
+
+@functools.lru_cache(1 << 14)
+def _prompt_begins(virtual: VirtualTokens, length: int) -> int:
+  """Where `place` puts the prompt's first id; it looks only at the text's length."""
+  return int(np.argmax(virtual.place(np.zeros(length, np.int32)) > 0))
+
+
+def _widths(longest_input: int, longest_target: int, caches: Sequence[TokenCache],
+            buckets: Buckets) -> tuple[int, int]:
+  limits = [cache.meta['lengths'] for cache in caches]
+  return (_round_up(longest_input, buckets.inputs, max(n['inputs'] for n in limits)),
+          _round_up(longest_target, buckets.targets, max(n['targets'] for n in limits)))
+
+
+def _round_up(longest: int, buckets: Sequence[int], limit: int | None) -> int:
+  wide_enough = [width for width in buckets if width >= longest]
+  if wide_enough:
+    return min(wide_enough[0], limit or wide_enough[0])
+  return int(limit or max(1, longest))
+
+
+def _one_each(virtual, count: int) -> tuple[VirtualTokens | None, ...]:
+  """One prompt for all caches, or one for each -> one for each."""
+  if virtual is None or isinstance(virtual, VirtualTokens):
+    return (virtual,) * count
+  if len(virtual) != count:
+    raise ValueError(f'Expected one prompt, or one for each of {count} tasks, got {len(virtual)}.')
+  return tuple(virtual)
+
+
+def _check_batch_size(batch_size: int, process_index: int, process_count: int) -> None:
+  if batch_size < 1 or batch_size % process_count or not 0 <= process_index < process_count:
+    raise ValueError(f'batch_size must be a positive multiple of the {process_count} processes, '
+                     f'got {batch_size} in process {process_index}.')

@@ -1,0 +1,247 @@
+"""The process that runs SeqIO: `python -m prompt_tuning_jax.data.seqio_builder REQUEST`.
+
+REQUEST is what `SeqioTask.build` writes as JSON. Tokens go to `folder` through `CacheWriter`; the
+answer on standard output is one JSON object, {"num_examples", "warnings"} or {"error"}. The only
+file of the package that imports SeqIO and TensorFlow.
+"""
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import pkgutil
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from prompt_tuning_jax.data.seqio_task import check_prepared, tfds_data_dir
+from prompt_tuning_jax.data.token_cache import FEATURES, CacheWriter
+from prompt_tuning_jax.data.vocabulary import Vocabulary
+
+Row = tuple[np.ndarray, np.ndarray, dict[str, Any] | None]
+MOST_REPEATS = 20  # A mixture's epoch may be so many times larger than its tasks together.
+
+
+def main(argv: list[str]) -> int:
+  answer_to = os.fdopen(os.dup(1), 'w')
+  os.dup2(2, 1)  # Whatever libraries print must not mix with the answer.
+  try:
+    answer = build(**json.loads(argv[0]))
+  except ValueError as error:
+    answer = {'error': str(error)}
+  except Exception as error:  # noqa: BLE001 Told in one line; the stack goes to standard error.
+    traceback.print_exc()
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    answer = {'error': f'Tokenising failed: {type(error).__name__}: '
+                       f'{str(error).strip().splitlines()[0] if str(error) else ""} '
+                       f'({os.path.basename(place.filename)}, line {place.lineno}).'}
+  answer_to.write(json.dumps(answer))
+  answer_to.close()
+  return int('error' in answer)
+
+
+def build(task: str, modules: list[str], split: str, vocabulary: Mapping[str, Any],
+          lengths: Mapping[str, int], folder: str, max_examples: int | None) -> dict[str, Any]:
+  """Tokenises a split into `folder`; see `SeqioTask` for the arguments."""
+  _quiet_tensorflow()
+  _import_tasks(modules)
+  provider = _find(task)
+  words = Vocabulary(**vocabulary)
+  parts = _tasks_with_split(provider, split)
+  metas = {part.name: _evaluation(part) for part in parts}
+  # Tasks evaluated in the same way can be evaluated together; others are trained on only.
+  shared = all(meta == metas[parts[0].name] for meta in metas.values())
+  meta = metas[parts[0].name] if shared else {'metrics': [], 'postprocessor': None}
+  cut = dict.fromkeys(FEATURES, 0)
+  streams = {part.name: _rows(part, split, words, lengths, max_examples, bool(meta['metrics']), cut)
+             for part in parts}
+  rows = (streams[task] if len(parts) == 1 and parts[0].name == task
+          else _mix(provider, parts, streams, max_examples))
+  writer = CacheWriter(folder)
+  for inputs, targets, row in rows:
+    writer.add(inputs, targets, row)
+  writer.close(**meta, num_cut=cut, tasks=sorted(metas))
+  warnings = [] if shared else [
+      f'The tasks of {task} have different metrics: name one of {", ".join(sorted(metas))} to '
+      'evaluate it.']
+  return {'num_examples': writer.num_examples, 'warnings': warnings}
+
+
+def _quiet_tensorflow() -> None:
+  import absl.logging
+  import tensorflow as tf
+  absl.logging.set_verbosity(absl.logging.ERROR)
+  tf.get_logger().setLevel('ERROR')
+  tf.config.set_visible_devices([], 'GPU')
+
+
+def _import_tasks(modules: list[str]) -> None:
+  for name in modules:
+    try:
+      module = importlib.import_module(name)
+      for child in pkgutil.iter_modules(getattr(module, '__path__', [])):
+        importlib.import_module(f'{name}.{child.name}')
+    except ImportError as error:
+      raise ValueError(f'Task module {name!r} cannot be imported: {error}.') from error
+
+
+def _find(name: str):
+  import seqio
+  try:
+    return seqio.get_mixture_or_task(name)
+  except ValueError:
+    known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
+    close = difflib.get_close_matches(name, known) or known
+    raise ValueError(f'SeqIO knows no task or mixture {name!r}: is it {", ".join(close)}, or does '
+                     'another module register it (SeqioTask.modules)?') from None
+
+
+def _tasks_with_split(provider, split: str) -> list:
+  """The task, or a mixture's tasks, that have the split, once their data is there."""
+  import seqio
+  tasks = list(seqio.get_subtasks(provider))
+  for task in tasks:
+    dataset = getattr(task.source, 'tfds_dataset', None)
+    if dataset is not None and dataset.name:
+      check_prepared([dataset.name], dataset.data_dir or tfds_data_dir())
+  name = split.split('[')[0]
+  having = [task for task in tasks if name in task.splits or split in task.splits]
+  if not having:
+    raise ValueError(f'{provider.name} has no split {split!r}, but '
+                     f'{", ".join(sorted({s for task in tasks for s in task.splits}))}.')
+  return having
+
+
+def _rows(task, split: str, words: Vocabulary, lengths: Mapping[str, int],
+          max_examples: int | None, evaluated: bool, cut: dict[str, int]) -> Iterator[Row]:
+  """Trimmed tokens with EOS of every example; counts in `cut` what was trimmed."""
+  import seqio
+  features = {
+      key: dataclasses.replace(feature, vocabulary=words.as_seqio())
+      if hasattr(feature, 'vocabulary') else feature
+      for key, feature in task.output_features.items()}
+  if 'targets' not in features or not set(features) <= set(FEATURES):
+    raise ValueError(f'Task {task.name} has the features {", ".join(features)}; expected targets '
+                     'and, except for language models, inputs.')
+  assert isinstance(task, seqio.Task)
+  dataset = task.replace(output_features=features).get_dataset(
+      sequence_length={key: lengths[key] for key in features}, split=split, shuffle=False, seed=0,
+      num_epochs=1)
+  if max_examples is not None:
+    dataset = dataset.take(max_examples)
+  for example in dataset.as_numpy_iterator():
+    tokens = {}
+    for key in FEATURES:
+      ids = np.asarray(example.get(key, ()), np.int32)
+      if key in features and features[key].add_eos:
+        ids = _with_eos(ids, words.eos_id, lengths[key])
+        cut[key] += _is_cut(ids, example.get(f'{key}_pretokenized'), words, lengths[key])
+      tokens[key] = ids
+    yield tokens['inputs'], tokens['targets'], (
+        _row(task, example, tokens, words) if evaluated else None)
+
+
+def _with_eos(ids: np.ndarray, eos: int, length: int) -> np.ndarray:
+  ids = ids[:length]
+  if len(ids) and ids[-1] == eos:
+    return ids
+  return np.append(ids[:length - 1], np.int32(eos))
+
+
+def _is_cut(ids: np.ndarray, text: bytes | None, words: Vocabulary, length: int) -> bool:
+  """Whether a text has more tokens than were kept; only full rows have to be looked at."""
+  if len(ids) < length or not isinstance(text, bytes):
+    return False
+  return len(words.encode(text.decode('utf-8', 'replace'))) + 1 > length
+
+
+def _row(task, example: Mapping[str, Any], tokens: Mapping[str, np.ndarray],
+         words: Vocabulary) -> dict[str, Any]:
+  """What evaluation needs of an example (see `CacheWriter.add`)."""
+  plain = {key: _plain(value) for key, value in example.items()}
+  texts = {key: plain.get(f'{key}_pretokenized', words.decode(tokens[key])) for key in FEATURES}
+  hidden = {*FEATURES, 'choices', *(f'{key}_pretokenized' for key in FEATURES)}
+  other = {key: value for key, value in plain.items() if key not in hidden}
+  target = task.postprocess_fn(texts['targets'], example={**other, **texts}, is_target=True) if (
+      task.postprocessor) else texts['targets']
+  row = {**texts, 'target': _plain(target), 'example': other}
+  if 'choices' in plain:
+    row['choices'] = plain['choices']
+  return row
+
+
+def _mix(mixture, tasks: list, streams: Mapping[str, Iterator[Row]],
+         max_examples: int | None) -> Iterator[Row]:
+  """One epoch of a mixture: tasks at their rates, every example of each at least once.
+
+  Tasks with few examples for their rate are repeated; with `max_examples` all together have so
+  many. Rows of the tasks stand evenly between one another.
+  """
+  rows = {name: list(stream) for name, stream in streams.items()}
+  rates = {task.name: float(mixture.get_rate(task)) for task in tasks}
+  rows = {name: some for name, some in rows.items() if some and rates[name] > 0}
+  if not rows:
+    raise ValueError(f'The tasks of mixture {mixture.name} have no examples, or rates of 0.')
+  size = sum(map(len, rows.values()))
+  share = {name: rates[name] / sum(rates[name] for name in rows) for name in rows}
+  total = max_examples or max(len(some) / share[name] for name, some in rows.items())
+  if total > MOST_REPEATS * max(size, max_examples or 0):
+    raise ValueError(f'Showing every example of mixture {mixture.name} at its rates takes '
+                     f'{total:.0f} examples of {size}: set max_examples or more even rates.')
+  counts = {name: max(1, round(total * share[name])) for name in rows}
+  places = [((i + 0.5) / count, name, i) for name, count in counts.items() for i in range(count)]
+  for _, name, i in sorted(places):
+    yield rows[name][i % len(rows[name])]
+
+
+def _evaluation(task) -> dict[str, Any]:
+  """The names under which the training process finds a task's metrics and postprocessor."""
+  if task.metric_objs and not task.metric_fns:
+    raise ValueError(f'Task {task.name} has metric_objs: give it metric_fns(targets, predictions).')
+  metrics = [_name(function, task.name) for function in task.predict_metric_fns]
+  if len(metrics) != len(task.metric_fns):
+    raise ValueError(f'Task {task.name} has metrics of scores: only functions of '
+                     '(targets, predictions) can be computed.')
+  if not metrics or task.postprocessor is None:
+    return {'metrics': metrics, 'postprocessor': None}
+  function, kwargs = task.postprocessor, {}
+  if isinstance(function, functools.partial):
+    if function.args:
+      raise ValueError(f'The postprocessor of {task.name} is a partial with positional arguments: '
+                       'give them by keyword.')
+    function, kwargs = function.func, function.keywords
+  return {'metrics': metrics,
+          'postprocessor': {'name': _name(function, task.name),
+                            'kwargs': {key: _plain(value) for key, value in kwargs.items()}}}
+
+
+def _name(function: Callable, task: str) -> str:
+  """'module:qualname' of a function that another process can import."""
+  name = f'{getattr(function, "__module__", "?")}:{getattr(function, "__qualname__", "?")}'
+  if '<' in name or '?' in name or name.startswith('__main__:'):
+    raise ValueError(f'Task {task} uses {name}, which cannot be found by name: define it at the '
+                     'top of a module that does not import SeqIO.')
+  return name
+
+
+def _plain(value: Any) -> Any:
+  """An example's field as JSON knows it."""
+  if isinstance(value, bytes):
+    return value.decode('utf-8', 'replace')
+  if isinstance(value, np.ndarray | np.generic):
+    return _plain(value.tolist())
+  if isinstance(value, list | tuple):
+    return [_plain(item) for item in value]
+  if isinstance(value, Mapping):
+    return {key: _plain(item) for key, item in value.items()}
+  return value
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,164 @@
+"""A SeqIO task or mixture as a source of examples, tokenised by a process of its own.
+
+Neither SeqIO nor TensorFlow is imported here: `build` starts `seqio_builder`, which does.
+"""
+
+import ast
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from etils import epath
+
+logger = logging.getLogger(__name__)
+
+BUILDER = 'prompt_tuning_jax.data.seqio_builder'
+
+
+@dataclasses.dataclass(frozen=True)
+class SeqioTask:
+  """A task or mixture that SeqIO knows by `name` once `modules` have been imported.
+
+  Args:
+    modules: modules that register it; of a package, every file is imported.
+    tfds_data_dir: where prepared TFDS data lies; default $TFDS_DATA_DIR or ~/tensorflow_datasets.
+    train_split, eval_split: SeqIO's names; eval_split None evaluates nothing.
+    max_examples: keeps the first so many of each split.
+    labels: the label texts, where examples list no `choices`.
+  """
+
+  name: str
+  modules: tuple[str, ...] = ('prompt_tuning_jax.tasks',)
+  tfds_data_dir: str | None = None
+  train_split: str = 'train'
+  eval_split: str | None = 'validation'
+  max_examples: int | None = None
+  labels: tuple[str, ...] | None = None
+
+  def __post_init__(self):
+    if isinstance(self.modules, str):
+      object.__setattr__(self, 'modules', (self.modules,))
+    if self.max_examples is not None and self.max_examples < 1:
+      raise ValueError(f'max_examples must be 1 or more, got {self.max_examples}.')
+
+  def key_parts(self, split: str) -> dict[str, Any]:
+    """What the tokens depend on besides split, vocabulary and lengths: code and data.
+
+    Raises:
+      ValueError: a task module does not exist, or TFDS data has not been prepared.
+    """
+    del split
+    sources = [path for module in self.modules for path in module_files(module)]
+    sources += module_files(BUILDER)
+    code = hashlib.sha256()
+    for path in sources:
+      code.update(path.read_bytes())
+    return {'kind': 'seqio', 'modules': list(self.modules), 'code': code.hexdigest(),
+            'max_examples': self.max_examples, 'data': self._data(sources)}
+
+  def build(self, split: str, vocabulary, lengths: Mapping[str, int],
+            folder: str | os.PathLike) -> None:
+    """Writes a split's tokens into `folder` through `CacheWriter`, in a process of its own.
+
+    Raises:
+      ValueError: one line that says what is wrong with the task, its split or its data.
+    """
+    self.key_parts(split)  # Fails at once where modules or data are missing.
+    request = {'task': self.name, 'modules': list(self.modules), 'split': split,
+               'vocabulary': {'file': vocabulary.file, 'extra_ids': vocabulary.extra_ids},
+               'lengths': dict(lengths), 'folder': str(folder), 'max_examples': self.max_examples}
+    environment = {
+        **os.environ, 'TFDS_DATA_DIR': tfds_data_dir(self.tfds_data_dir),
+        'PYTHONPATH': os.pathsep.join(path or os.getcwd() for path in sys.path),
+        # The accelerator belongs to the training process.
+        'CUDA_VISIBLE_DEVICES': '-1', 'JAX_PLATFORMS': 'cpu', 'TF_CPP_MIN_LOG_LEVEL': '3'}
+    done = subprocess.run([sys.executable, '-m', BUILDER, json.dumps(request)], env=environment,
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    try:
+      reply = json.loads(done.stdout)
+    except json.JSONDecodeError:
+      said = done.stderr.strip().splitlines()
+      reply = {'error': f'the process that tokenises {self.name} ended with status '
+                        f'{done.returncode}: {said[-1] if said else "it said nothing"}'}
+    if 'error' in reply:
+      raise ValueError(reply['error'])
+    for warning in reply['warnings']:
+      logger.warning('%s', warning)
+
+  def _data(self, sources: Iterable[pathlib.Path]) -> dict[str, str] | str:
+    """{TFDS name: SHA-256 of its description}, or the data folder of tasks that do not tell."""
+    folder = tfds_data_dir(self.tfds_data_dir)
+    declared = {}
+    for path in sources:
+      declared.update(_declared_datasets(path))
+    if self.name not in declared:
+      return folder
+    check_prepared(declared[self.name], folder)
+    return {name: hashlib.sha256(b''.join(path.read_bytes() for path in _infos(name, folder)))
+            .hexdigest() for name in declared[self.name]}
+
+
+def tfds_data_dir(given: str | None = None) -> str:
+  """The folder TFDS reads: as given, else $TFDS_DATA_DIR, else TFDS's default."""
+  return os.path.expanduser(given or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')
+
+
+def check_prepared(names: Iterable[str], folder: str) -> None:
+  """Raises a ValueError that says what to run if a 'dataset/config:version' is not in `folder`."""
+  missing = [name for name in names if not _infos(name, folder)]
+  if not missing:
+    return
+  dataset = missing[0].split(':')[0]
+  if dataset.startswith('local_text/'):
+    how = (f'build a TFDS dataset `{dataset}` with a feature `text` and the splits train and '
+           'validation there')
+  else:
+    how = (f'run `TFDS_DATA_DIR={folder} python -c "import tensorflow_datasets as tfds; '
+           f"tfds.load('{missing[0]}')\"` (or `tfds build {dataset}`) where there is a network")
+  raise ValueError(f'TFDS data {", ".join(missing)} has not been prepared in {folder}: set '
+                   f'TFDS_DATA_DIR to the folder that has it, or {how}.')
+
+
+def module_files(module: str) -> list[pathlib.Path]:
+  """A module's file, or every Python file of a package's folder, found without importing it."""
+  try:
+    spec = importlib.util.find_spec(module)
+  except ModuleNotFoundError:
+    spec = None
+  if spec is None or not (spec.origin or spec.submodule_search_locations):
+    raise ValueError(f'There is no task module {module!r}: install it, or run where it can be '
+                     'imported (PYTHONPATH).')
+  if not spec.submodule_search_locations:
+    return [pathlib.Path(spec.origin)]
+  folders = map(pathlib.Path, spec.submodule_search_locations)
+  return sorted(path for folder in folders for path in folder.glob('*.py'))
+
+
+def _infos(name: str, folder: str) -> list[epath.Path]:
+  """Descriptions of the prepared datasets that a name, perhaps with a wildcard version, means."""
+  dataset, _, version = name.partition(':')
+  if not re.fullmatch(r'[\w./*-]+', dataset + version):
+    return []
+  versions = epath.Path(folder) / dataset
+  try:
+    return sorted(info for info in versions.glob(f'{version or "*"}/dataset_info.json'))
+  except OSError:
+    return []
+
+
+def _declared_datasets(path: pathlib.Path) -> dict[str, list[str]]:
+  """The literal TFDS_DATASETS of a source file; empty if it has none."""
+  for node in ast.parse(path.read_bytes()).body:
+    if isinstance(node, ast.Assign) and any(
+        isinstance(target, ast.Name) and target.id == 'TFDS_DATASETS' for target in node.targets):
+      return ast.literal_eval(node.value)
+  return {}

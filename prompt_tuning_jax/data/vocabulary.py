@@ -1,0 +1,209 @@
+"""T5's vocabularies without TensorFlow: SentencePiece with sentinels, and ByT5's bytes.
+
+Ids are those of `seqio.SentencePieceVocabulary` and `seqio.ByteVocabulary`: 0 pads, 1 ends a
+sequence, 2 is unknown, and the sentinels stand behind the pieces in falling order, so that
+`<extra_id_0>` is the last id.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import pathlib
+import struct
+import threading
+from collections.abc import Iterable, Sequence
+
+import sentencepiece
+from etils import epath
+
+BYTES = 'bytes'
+PAD, EOS, UNK = 0, 1, 2
+_NUM_SPECIAL = 3  # PAD, EOS, UNK: byte b has id b + 3.
+_NUM_BYTES = 256
+_USER_DEFINED = 4  # SentencePiece's type of a piece that is never split.
+_loading = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+  """Text to ids and back.
+
+  Args:
+    file: a SentencePiece model file, or 'bytes' for UTF-8 bytes (ByT5).
+    extra_ids: how many sentinels `<extra_id_0>`, `<extra_id_1>`, … follow the pieces.
+
+  Raises:
+    ValueError: the file is missing or no SentencePiece model (when first used).
+  """
+
+  file: str
+  extra_ids: int = 100
+
+  def __post_init__(self):
+    if not self.file:
+      raise ValueError("A vocabulary needs a SentencePiece model file or the word 'bytes', got "
+                       f'{self.file!r}: name one with --vocabulary=FILE.')
+    if self.extra_ids < 0:
+      raise ValueError(f'extra_ids must be 0 or more, got {self.extra_ids}.')
+    object.__setattr__(self, 'file', str(self.file))  # A path object is as good.
+
+  @property
+  def is_bytes(self) -> bool:
+    return self.file == BYTES
+
+  @property
+  def pad_id(self) -> int:
+    return PAD
+
+  @property
+  def eos_id(self) -> int:
+    return EOS
+
+  @property
+  def unk_id(self) -> int:
+    return UNK if self.is_bytes else self._processor.unk_id()
+
+  @property
+  def size(self) -> int:
+    """Number of ids: pieces (or special ids and bytes) and sentinels."""
+    if self.is_bytes:
+      return _NUM_SPECIAL + _NUM_BYTES + self.extra_ids
+    return self._processor.get_piece_size()
+
+  @property
+  def sha256(self) -> str:
+    """SHA-256 of the SentencePiece model file; 'bytes' for bytes."""
+    return BYTES if self.is_bytes else _sha256(self.file)
+
+  def sentinel(self, k: int) -> int:
+    """The id of `<extra_id_k>`."""
+    if not 0 <= k < self.extra_ids:
+      raise ValueError(f'The vocabulary has {self.extra_ids} sentinels, so there is no '
+                       f'<extra_id_{k}>: raise extra_ids or shorten the input.')
+    return self.size - 1 - k
+
+  def encode(self, text: str) -> list[int]:
+    """The ids of a text, without EOS."""
+    if self.is_bytes:
+      return [byte + _NUM_SPECIAL for byte in text.encode('utf-8')]
+    return self._processor.encode(text)
+
+  def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+    """`encode` of every text, faster."""
+    return [self.encode(text) for text in texts] if self.is_bytes else (
+        self._processor.encode(list(texts)))
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """The text of ids up to the first EOS; ids beyond the vocabulary are unknown words."""
+    ids = [int(i) for i in ids]
+    if EOS in ids:
+      ids = ids[:ids.index(EOS)]
+    if self.is_bytes:
+      values = (i - _NUM_SPECIAL for i in ids)
+      return bytes(v for v in values if 0 <= v < _NUM_BYTES).decode('utf-8', errors='ignore')
+    processor = self._processor
+    size = processor.get_piece_size()
+    return processor.decode([i if 0 <= i < size else processor.unk_id() for i in ids])
+
+  def piece(self, token: int) -> str:
+    """How one id is written: '▁the', '<extra_id_0>', '</s>', or a byte such as 'a' or '<0xE2>'."""
+    if not 0 <= token < self.size:
+      raise ValueError(f'The vocabulary has ids 0 to {self.size - 1}, got {token}.')
+    if token >= self.size - self.extra_ids:
+      return f'<extra_id_{self.size - 1 - token}>'
+    if not self.is_bytes:
+      return self._processor.id_to_piece(int(token))
+    if token < _NUM_SPECIAL:
+      return ('<pad>', '</s>', '<unk>')[token]
+    byte = token - _NUM_SPECIAL
+    return chr(byte) if 32 <= byte < 127 else f'<0x{byte:02X}>'
+
+  def as_seqio(self):
+    """The same vocabulary for SeqIO. Imports TensorFlow: for the process that builds caches."""
+    import seqio
+
+    if self.is_bytes:
+      return seqio.ByteVocabulary(self.extra_ids)
+    _load(self.file, self.extra_ids)  # So that a bad file gives our error.
+    return seqio.SentencePieceVocabulary(self.file, self.extra_ids)
+
+  @property
+  def _processor(self) -> sentencepiece.SentencePieceProcessor:
+    return _load(self.file, self.extra_ids)
+
+
+def train_vocabulary(texts: Iterable[str], path: str | pathlib.Path, pieces: int = 8000, *,
+                     character_coverage: float = 0.9995) -> Vocabulary:
+  """Trains a unigram vocabulary with T5's special ids and writes it to `path`.
+
+  Args:
+    texts: sentences or lines; SentencePiece reads at most 4,192 bytes of each.
+    pieces: its size without sentinels; fewer if the texts do not have so many.
+
+  Raises:
+    ValueError: there is no text.
+  """
+  texts = iter(texts)
+  first = next(texts, None)
+  if first is None:
+    raise ValueError('A vocabulary needs texts to be trained on, got none.')
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with open(path, 'wb') as file:
+    try:
+      sentencepiece.SentencePieceTrainer.train(
+          sentence_iterator=itertools.chain([first], texts), model_writer=file, vocab_size=pieces,
+          model_type='unigram', pad_id=PAD, eos_id=EOS, unk_id=UNK, bos_id=-1,
+          character_coverage=character_coverage, hard_vocab_limit=False, minloglevel=2)
+    except RuntimeError as error:
+      raise ValueError(f'SentencePiece cannot train {pieces} pieces on these texts: {error}. '
+                       'Ask for other pieces or give more text.') from error
+  return Vocabulary(str(path))
+
+
+@functools.lru_cache(maxsize=8)
+def _read(file: str) -> bytes:
+  try:
+    return epath.Path(file).read_bytes()
+  except (OSError, NotImplementedError, ImportError) as error:
+    raise ValueError(f'Cannot read the vocabulary {file} ({error}): expected a SentencePiece '
+                     'model file.') from error
+
+
+@functools.lru_cache(maxsize=8)
+def _sha256(file: str) -> str:
+  return hashlib.sha256(_read(file)).hexdigest()
+
+
+def _load(file: str, extra_ids: int) -> sentencepiece.SentencePieceProcessor:
+  with _loading:  # Loading a model is not thread-safe in SentencePiece.
+    return _load_once(file, extra_ids)
+
+
+@functools.lru_cache(maxsize=8)
+def _load_once(file: str, extra_ids: int) -> sentencepiece.SentencePieceProcessor:
+  """A model with sentinels: protobuf messages concatenate, so pieces are appended to the bytes."""
+  model = _read(file)
+  processor = sentencepiece.SentencePieceProcessor()
+  sentinels = b''.join(_piece_message(f'▁<extra_id_{k}>') for k in reversed(range(extra_ids)))
+  try:
+    if not model:
+      raise RuntimeError('the file is empty')
+    processor.LoadFromSerializedProto(model + sentinels)
+    special = processor.pad_id(), processor.eos_id()
+  except RuntimeError as error:
+    raise ValueError(f'{file} is not a SentencePiece model ({error}): give the spiece.model of '
+                     'the base.') from error
+  if special != (PAD, EOS):
+    raise ValueError(f"{file} has padding id {special[0]} and EOS id {special[1]}, expected T5's 0 "
+                     'and 1: train it with `train_vocabulary`.')
+  return processor
+
+
+def _piece_message(piece: str) -> bytes:
+  """ModelProto.pieces (field 1) with one SentencePiece {1: text, 2: score, 3: type}."""
+  text = piece.encode('utf-8')
+  body = (b'\x0a' + bytes([len(text)]) + text + b'\x15' + struct.pack('<f', 0.0)
+          + b'\x18' + bytes([_USER_DEFINED]))
+  return b'\x0a' + bytes([len(body)]) + body

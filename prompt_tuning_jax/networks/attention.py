@@ -1,0 +1,116 @@
+"""Multi-head attention as T5 has it: no scaling of the logits, an additive position bias.
+
+Heads stand before positions (`[B, N, T, H]`), so that both products are plain batched matrix
+products; keys are kept as `[B, N, H, S]`.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen import partitioning
+
+from prompt_tuning_jax.networks import layers
+from prompt_tuning_jax.types import Array, DType
+
+MASKED = -1e10
+_KERNEL_INIT = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
+
+
+def _query_init(head_dim: int):
+  """T5 leaves the logits unscaled, so the queries start small instead (Mesh TensorFlow)."""
+  return nn.initializers.variance_scaling(1.0 / head_dim, 'fan_in', 'normal')
+
+
+def attend(query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None,
+           drop: nn.Dropout | None = None, deterministic: bool = True) -> Array:
+  """softmax(query @ key + bias) @ value; logits and softmax in float32.
+
+  Args:
+    query: [B, N, T, H].
+    key: [B, N, H, S].
+    value: [B, N, S, H].
+    bias: [1 or B, N, T, S], added to the logits.
+    mask: [B, 1, T, S] bool, False where attention is not allowed.
+
+  Returns:
+    [B, N, T, H] of the query's type.
+  """
+  logits = jnp.matmul(query, key, preferred_element_type=jnp.float32)
+  if bias is not None:
+    logits += bias.astype(jnp.float32)
+  if mask is not None:
+    logits = jnp.where(mask, logits, MASKED)
+  weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+  if drop is not None:
+    weights = drop(weights, deterministic=deterministic)
+  return jnp.matmul(weights, value)
+
+
+class MultiHeadAttention(nn.Module):
+  """Attention with T5X's parameters `query`, `key`, `value`, `out`, all [D, N*H] or [N*H, D].
+
+  Two caches serve decoding. Collection `cache` holds the keys and values of the tokens so far
+  (self-attention). Collection `cross_cache`, where the caller makes it mutable or passes it, holds
+  the keys and values of the encoded input, which never change during decoding.
+  """
+
+  num_heads: int
+  head_dim: int
+  dropout_rate: float
+  dtype: DType = jnp.float32
+
+  def _heads(self, name: str, x: Array, kernel_init=_KERNEL_INIT) -> Array:
+    """[B, T, D] -> [B, T, N, H]."""
+    joined = layers.Dense(self.num_heads * self.head_dim, ('embed', 'joined_kv'), self.dtype,
+                          kernel_init, name=name)(x)
+    heads = joined.reshape(*x.shape[:-1], self.num_heads, self.head_dim)
+    return partitioning.with_sharding_constraint(heads, ('batch', 'length', 'heads', 'kv'))
+
+  def _keys_values(self, x: Array) -> tuple[Array, Array]:
+    key = self._heads('key', x).transpose(0, 2, 3, 1)
+    value = self._heads('value', x).transpose(0, 2, 1, 3)
+    return key, value
+
+  @nn.compact
+  def __call__(self, inputs_q: Array, inputs_kv: Array, bias: Array | None = None,
+               mask: Array | None = None, *, deterministic: bool = True,
+               cache_index: Array | None = None, cache_length: int | None = None,
+               cross: bool = False) -> Array:
+    """inputs_q: [B, T, D], inputs_kv: [B, S, D] -> [B, T, D].
+
+    With `cache_length` the self-attention keys and values are written into a cache of that many
+    positions from `cache_index` on, and attention runs over the whole cache: `mask` and `bias`
+    then have cache_length keys. The first call only makes the (empty) cache.
+    """
+    query = self._heads('query', inputs_q, _query_init(self.head_dim)).transpose(0, 2, 1, 3)
+    if cross and self.has_variable('cross_cache', 'cached_key'):
+      key = self.get_variable('cross_cache', 'cached_key')
+      value = self.get_variable('cross_cache', 'cached_value')
+    else:
+      key, value = self._keys_values(inputs_kv)
+      if cross and self.is_mutable_collection('cross_cache') and not self.is_initializing():
+        self.put_variable('cross_cache', 'cached_key', key)
+        self.put_variable('cross_cache', 'cached_value', value)
+    if cache_length is not None:
+      key, value = self._update_cache(key, value, cache_index, cache_length)
+    drop = layers.dropout(self.dropout_rate)
+    out = attend(query, key, value, bias, mask, drop, deterministic)
+    out = out.transpose(0, 2, 1, 3).reshape(*inputs_q.shape[:-1], -1)
+    return layers.Dense(inputs_q.shape[-1], ('joined_kv', 'embed'), self.dtype, _KERNEL_INIT,
+                        name='out')(out)
+
+  def _update_cache(self, key: Array, value: Array, index: Array | None, length: int):
+    filled = self.has_variable('cache', 'cached_key')
+    batch, heads, dim, _ = key.shape
+    cached_key = self.variable('cache', 'cached_key', jnp.zeros, (batch, heads, dim, length),
+                               key.dtype)
+    cached_value = self.variable('cache', 'cached_value', jnp.zeros, (batch, heads, length, dim),
+                                 value.dtype)
+    if not filled:
+      return key, value
+    zero = jnp.zeros((), jnp.int32)
+    cached_key.value = jax.lax.dynamic_update_slice(cached_key.value, key,
+                                                    (zero, zero, zero, index))
+    cached_value.value = jax.lax.dynamic_update_slice(cached_value.value, value,
+                                                      (zero, zero, index, zero))
+    return cached_key.value, cached_value.value

@@ -1,0 +1,31 @@
+"""Which query may attend to which key. Masks are boolean, True where attention is allowed."""
+
+import jax.numpy as jnp
+
+from prompt_tuning_jax.types import Array
+
+
+def pairwise(query_valid: Array, key_valid: Array) -> Array:
+  """Pairs of live positions: [B, T] bool, [B, S] bool -> [B, 1, T, S] bool."""
+  return (query_valid[:, :, None] & key_valid[:, None, :])[:, None]
+
+
+def same_segment(query_segments: Array, key_segments: Array) -> Array:
+  """Pairs within one packed example: [B, T] int, [B, S] int -> [B, 1, T, S] bool."""
+  return (query_segments[:, :, None] == key_segments[:, None, :])[:, None]
+
+
+def causal(query_positions: Array, key_positions: Array) -> Array:
+  """Keys not after the query: [T] int, [S] int -> [1, 1, T, S] bool."""
+  return (key_positions[None, :] <= query_positions[:, None])[None, None]
+
+
+def combine(*masks: Array | None) -> Array | None:
+  """All of the masks that are given, broadcast together; None if none is."""
+  given = [mask for mask in masks if mask is not None]
+  if not given:
+    return None
+  result = given[0]
+  for mask in given[1:]:
+    result = jnp.logical_and(result, mask)
+  return result

@@ -1,0 +1,255 @@
+"""The T5 encoder-decoder: T5 1.0, T5 1.1, LM-adapted, Flan, mT5, ByT5 (Raffel et al. 2020).
+
+Parameter names and logical axes are T5X's, verbatim: they are a public checkpoint format.
+"""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen import partitioning
+
+from prompt_tuning_jax import param_paths
+from prompt_tuning_jax.networks import layers, masks
+from prompt_tuning_jax.networks.attention import MultiHeadAttention
+from prompt_tuning_jax.networks.relative_position import RelativePositionBias
+from prompt_tuning_jax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+  """The shape of a T5 network, under T5X's names.
+
+  `vocab_size` counts the rows of the embedding table (32,128 for T5), not the pieces of the
+  vocabulary. `logits_via_embedding` ties the output layer to the embedding table and scales its
+  input by emb_dim ** -0.5 (T5 1.0). `dtype` is that of activations; parameters keep theirs.
+  """
+
+  vocab_size: int
+  emb_dim: int
+  num_heads: int
+  num_encoder_layers: int
+  num_decoder_layers: int
+  head_dim: int
+  mlp_dim: int
+  mlp_activations: tuple[str, ...] = ('gelu', 'linear')
+  dropout_rate: float = 0.1
+  logits_via_embedding: bool = False
+  dtype: str = 'float32'
+  relative_attention_num_buckets: int = 32
+  relative_attention_max_distance: int = 128
+
+  def __post_init__(self):
+    object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
+    unknown = set(self.mlp_activations) - set(layers.ACTIVATIONS)
+    if unknown or not self.mlp_activations:
+      raise ValueError(f'mlp_activations must be among {sorted(layers.ACTIVATIONS)}, '
+                       f'got {self.mlp_activations}.')
+    if self.dtype not in ('float32', 'bfloat16'):
+      raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}.")
+
+
+def _norm(cfg: T5Config, name: str) -> layers.LayerNorm:
+  return layers.LayerNorm(jnp.dtype(cfg.dtype), name=name)
+
+
+def _attention(cfg: T5Config, name: str) -> MultiHeadAttention:
+  return MultiHeadAttention(cfg.num_heads, cfg.head_dim, cfg.dropout_rate, jnp.dtype(cfg.dtype),
+                            name=name)
+
+
+def _mlp(cfg: T5Config) -> layers.MlpBlock:
+  return layers.MlpBlock(cfg.mlp_dim, cfg.mlp_activations, cfg.dropout_rate, jnp.dtype(cfg.dtype),
+                         name='mlp')
+
+
+def _position_bias(cfg: T5Config, bidirectional: bool) -> RelativePositionBias:
+  return RelativePositionBias(
+      cfg.num_heads, cfg.relative_attention_num_buckets, cfg.relative_attention_max_distance,
+      bidirectional, jnp.dtype(cfg.dtype), name='relpos_bias')
+
+
+class EncoderLayer(nn.Module):
+  config: T5Config
+
+  @nn.compact
+  def __call__(self, x: Array, bias: Array, mask: Array, deterministic: bool) -> Array:
+    """x: [B, T, D], bias: [1, N, T, T], mask: [B, 1, T, T] -> [B, T, D]."""
+    cfg = self.config
+    drop = functools.partial(layers.dropout(cfg.dropout_rate), deterministic=deterministic)
+    y = _norm(cfg, 'pre_attention_layer_norm')(x)
+    x += drop(_attention(cfg, 'attention')(y, y, bias, mask, deterministic=deterministic))
+    y = _norm(cfg, 'pre_mlp_layer_norm')(x)
+    x += drop(_mlp(cfg)(y, deterministic))
+    return partitioning.with_sharding_constraint(x, ('batch', 'length', 'embed'))
+
+
+class Encoder(nn.Module):
+  config: T5Config
+
+  @nn.compact
+  def __call__(self, x: Array, mask: Array, deterministic: bool) -> Array:
+    """Embedded inputs x: [B, T, D], mask: [B, 1, T, T] -> [B, T, D]."""
+    cfg = self.config
+    positions = jnp.arange(x.shape[1])
+    bias = _position_bias(cfg, bidirectional=True)(positions, positions)
+    x = layers.dropout(cfg.dropout_rate)(x, deterministic=deterministic)
+    for i in range(cfg.num_encoder_layers):
+      x = EncoderLayer(cfg, name=f'layers_{i}')(x, bias, mask, deterministic)
+    x = _norm(cfg, 'encoder_norm')(x)
+    return layers.dropout(cfg.dropout_rate, broadcast=False)(x, deterministic=deterministic)
+
+
+class DecoderLayer(nn.Module):
+  config: T5Config
+
+  @nn.compact
+  def __call__(self, x: Array, encoded: Array, bias: Array, self_mask: Array | None,
+               cross_mask: Array | None, deterministic: bool, cache_index: Array | None = None,
+               cache_length: int | None = None) -> Array:
+    """x: [B, S, D], encoded: [B, T, D] -> [B, S, D]."""
+    cfg = self.config
+    drop = functools.partial(layers.dropout(cfg.dropout_rate), deterministic=deterministic)
+    y = _norm(cfg, 'pre_self_attention_layer_norm')(x)
+    x += drop(_attention(cfg, 'self_attention')(
+        y, y, bias, self_mask, deterministic=deterministic, cache_index=cache_index,
+        cache_length=cache_length))
+    y = _norm(cfg, 'pre_cross_attention_layer_norm')(x)
+    x += drop(_attention(cfg, 'encoder_decoder_attention')(
+        y, encoded, None, cross_mask, deterministic=deterministic, cross=True))
+    y = _norm(cfg, 'pre_mlp_layer_norm')(x)
+    x += drop(_mlp(cfg)(y, deterministic))
+    return partitioning.with_sharding_constraint(x, ('batch', 'length', 'embed'))
+
+
+class Decoder(nn.Module):
+  config: T5Config
+  shared_embedding: layers.Embed  # the output layer, where it is tied
+
+  @nn.compact
+  def __call__(self, x: Array, encoded: Array, self_mask: Array | None, cross_mask: Array | None,
+               deterministic: bool, decode: bool = False,
+               max_decode_length: int | None = None) -> Array:
+    """Embedded targets x: [B, S, D], encoded: [B, T, D] -> logits [B, S, V] float32.
+
+    With `decode`, the first call makes an empty cache of max_decode_length (default S) positions;
+    each later call appends the S positions of `x` and attends to all that came before.
+    """
+    cfg = self.config
+    query_positions = key_positions = jnp.arange(x.shape[1])
+    index = length = None
+    if decode:
+      length = max_decode_length or x.shape[1]
+      filled = self.has_variable('cache', 'cache_index')
+      next_index = self.variable('cache', 'cache_index', lambda: jnp.zeros((), jnp.int32))
+      if filled:
+        index = next_index.value
+        query_positions, key_positions = index + query_positions, jnp.arange(length)
+        next_index.value = index + x.shape[1]
+      self_mask = masks.causal(query_positions, key_positions)
+    bias = _position_bias(cfg, bidirectional=False)(query_positions, key_positions)
+    x = layers.dropout(cfg.dropout_rate)(x, deterministic=deterministic)
+    for i in range(cfg.num_decoder_layers):
+      x = DecoderLayer(cfg, name=f'layers_{i}')(
+          x, encoded, bias, self_mask, cross_mask, deterministic, index, length)
+    x = _norm(cfg, 'decoder_norm')(x)
+    x = layers.dropout(cfg.dropout_rate)(x, deterministic=deterministic)
+    if cfg.logits_via_embedding:
+      return self.shared_embedding.attend(x * cfg.emb_dim ** -0.5)
+    return layers.Dense(cfg.vocab_size, ('embed', 'vocab'), jnp.dtype(cfg.dtype),
+                        out_dtype=jnp.float32, name='logits_dense')(x)
+
+
+class Transformer(nn.Module):
+  """T5, with the methods of T5X's networks and one keyword argument more.
+
+  `virtual_embeddings` [R, D] are rows behind the embedding table: token id V + r embeds as row r,
+  in the encoder's tokens and in the decoder's. Token id 0 is padding. In packed batches attention
+  stays within equal segment ids; positions are relative, so position arguments change nothing.
+  """
+
+  config: T5Config
+  scan_layers: bool = False  # read by T5X; layers here are unrolled
+
+  def setup(self):
+    cfg = self.config
+    self.token_embedder = layers.Embed(cfg.vocab_size, cfg.emb_dim, jnp.dtype(cfg.dtype))
+    self.encoder = Encoder(cfg)
+    self.decoder = Decoder(cfg, self.token_embedder)
+
+  def encode(self, encoder_input_tokens: Array, encoder_segment_ids: Array | None = None,
+             encoder_positions: Array | None = None, enable_dropout: bool = True, *,
+             virtual_embeddings: Array | None = None) -> Array:
+    """encoder_input_tokens: [B, T] int32 -> [B, T, D]."""
+    del encoder_positions
+    live = encoder_input_tokens > 0
+    mask = masks.pairwise(live, live)
+    if encoder_segment_ids is not None:
+      mask &= masks.same_segment(encoder_segment_ids, encoder_segment_ids)
+    embedded = self.token_embedder(encoder_input_tokens, virtual_embeddings)
+    return self.encoder(embedded, mask, not enable_dropout)
+
+  def decode(self, encoded: Array, encoder_input_tokens: Array, decoder_input_tokens: Array,
+             decoder_target_tokens: Array, encoder_segment_ids: Array | None = None,
+             decoder_segment_ids: Array | None = None, decoder_positions: Array | None = None,
+             enable_dropout: bool = True, decode: bool = False,
+             max_decode_length: int | None = None, *,
+             virtual_embeddings: Array | None = None) -> Array:
+    """encoded: [B, T, D], the tokens: [B, T] and [B, S] int32 -> logits [B, S, V] float32.
+
+    With `decode` the variables need a mutable `cache` (see `Decoder`), and masks come from it.
+    Decoder segments without encoder segments are several targets of one input (candidates).
+    """
+    del decoder_positions
+    encoder_live = encoder_input_tokens > 0
+    self_mask = None
+    if decode:
+      cross_mask = masks.pairwise(jnp.ones_like(decoder_input_tokens, bool), encoder_live)
+    else:
+      decoder_live = decoder_target_tokens > 0
+      positions = jnp.arange(decoder_input_tokens.shape[1])
+      self_mask = masks.causal(positions, positions) & masks.pairwise(decoder_live, decoder_live)
+      cross_mask = masks.pairwise(decoder_live, encoder_live)
+    if decoder_segment_ids is not None:
+      if decode:
+        raise ValueError('Packed rows cannot be decoded step by step: give one example a row.')
+      self_mask &= masks.same_segment(decoder_segment_ids, decoder_segment_ids)
+      if encoder_segment_ids is not None:
+        cross_mask &= masks.same_segment(decoder_segment_ids, encoder_segment_ids)
+    embedded = self.token_embedder(decoder_input_tokens, virtual_embeddings)
+    return self.decoder(embedded, encoded, self_mask, cross_mask, not enable_dropout, decode,
+                        max_decode_length)
+
+  def __call__(self, encoder_input_tokens: Array, decoder_input_tokens: Array,
+               decoder_target_tokens: Array, encoder_segment_ids: Array | None = None,
+               decoder_segment_ids: Array | None = None, encoder_positions: Array | None = None,
+               decoder_positions: Array | None = None, enable_dropout: bool = True,
+               decode: bool = False, *, virtual_embeddings: Array | None = None) -> Array:
+    """Tokens [B, T] and [B, S] int32 -> logits [B, S, V] float32 (teacher forcing)."""
+    encoded = self.encode(encoder_input_tokens, encoder_segment_ids, encoder_positions,
+                          enable_dropout, virtual_embeddings=virtual_embeddings)
+    return self.decode(encoded, encoder_input_tokens, decoder_input_tokens, decoder_target_tokens,
+                       encoder_segment_ids, decoder_segment_ids, decoder_positions, enable_dropout,
+                       decode, virtual_embeddings=virtual_embeddings)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterSpec:
+  """Shape of a parameter and the logical name of each of its axes."""
+
+  shape: tuple[int, ...]
+  axes: tuple[str, ...]
+
+
+@functools.lru_cache(maxsize=32)
+def parameter_specs(config: T5Config) -> dict[str, ParameterSpec]:
+  """Every parameter of the network by its path; nothing is allocated."""
+  token = jnp.ones((1, 1), jnp.int32)
+  init = functools.partial(Transformer(config).init, enable_dropout=False)
+  variables = jax.eval_shape(init, jax.random.key(0), token, token, token)
+  axes = partitioning.get_axis_names(variables['params_axes'])
+  axes = param_paths.flatten(axes)
+  return {path: ParameterSpec(tuple(leaf.shape), tuple(axes[path]))
+          for path, leaf in param_paths.flatten(variables['params']).items()}

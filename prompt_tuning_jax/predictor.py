@@ -1,0 +1,103 @@
+"""Answers of a prompted model to any number of inputs: ranked choices, generated text, scores.
+
+Inputs are sorted by length into batches of a few static shapes, so padding is little and nothing
+compiles twice; answers come back in the order of the inputs.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from prompt_tuning_jax import prompted_model
+from prompt_tuning_jax.data import batches
+from prompt_tuning_jax.data.vocabulary import Vocabulary
+from prompt_tuning_jax.partitioning import Partitioner
+from prompt_tuning_jax.prompted_model import PromptedModel
+from prompt_tuning_jax.prompts.virtual_tokens import VirtualTokens
+from prompt_tuning_jax.types import Array, Batch, PyTree
+
+Tokens = np.ndarray | Sequence[int]
+NO_TARGET = (1,)
+
+
+class Predictor:
+  """Runs one model over lists of token ids (unpadded, end-of-sequence id included)."""
+
+  def __init__(self, model: PromptedModel, vocabulary: Vocabulary,
+               virtual: VirtualTokens | None = None, batch_size: int = 32,
+               max_decode_length: int = 64, partitioner: Partitioner = Partitioner()):
+    self._vocabulary, self._virtual = vocabulary, virtual
+    self._batch_size, self._partitioner = batch_size, partitioner
+    self._rank = jax.jit(functools.partial(prompted_model.candidate_log_likelihoods, model))
+    self._score = jax.jit(functools.partial(prompted_model.log_likelihood, model))
+    self._predict = jax.jit(functools.partial(prompted_model.predict, model,
+                                              max_length=max_decode_length))
+
+  def rank(self, params: PyTree, inputs: Sequence[Tokens],
+           choices: Sequence[Sequence[str]]) -> list[np.ndarray]:
+    """log p(choice | input) in nats for each choice of each input: one [C] array an input.
+
+    Every input is encoded once, however many choices it has.
+    """
+    ids = self._choice_ids(choices)
+    most = max(map(len, ids))
+    longest = max(len(tokens) for row in ids for tokens in row)
+
+    def run(rows, batch):
+      candidates = np.zeros((len(rows), most, longest), np.int32)
+      for row, i in enumerate(rows):
+        for column, tokens in enumerate(ids[i]):
+          candidates[row, column, :len(tokens)] = tokens
+      put = self._partitioner.put_batch({**batch, 'candidates': candidates})
+      return self._rank(params, put['encoder_input_tokens'], put['candidates'])
+
+    return [scores[:len(row)] for scores, row in zip(self._run(inputs, run), ids, strict=True)]
+
+  def generate(self, params: PyTree, inputs: Sequence[Tokens]) -> list[str]:
+    """The most probable text, token by token, of each input."""
+    put = self._partitioner.put_batch
+    run = lambda _, batch: self._predict(params, put(batch)['encoder_input_tokens'])
+    return [self._vocabulary.decode(tokens) for tokens in self._run(inputs, run)]
+
+  def score(self, params: PyTree, inputs: Sequence[Tokens],
+            targets: Sequence[Tokens]) -> np.ndarray:
+    """log p(target | input) in nats, summed over the target's tokens: [n] float32."""
+    run = lambda _, batch: self._score(params, self._partitioner.put_batch(batch))
+    return np.array(self._run(inputs, run, targets), np.float32)
+
+  def _choice_ids(self, choices: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+    encode = functools.lru_cache(maxsize=None)(
+        lambda text: [*self._vocabulary.encode(text), self._vocabulary.eos_id])
+    return [[encode(text) for text in row] for row in choices]
+
+  def _run(self, inputs: Sequence[Tokens], run: Callable[[list[int], Batch], Array],
+           targets: Sequence[Tokens] | None = None) -> list:
+    """run(indices, batch) over all inputs in batches; results in the order of the inputs."""
+    results = [None] * len(inputs)
+    waiting: list[tuple[list[int], Array]] = []
+    for live, rows in self._groups(inputs):
+      batch = batches.batch_of([inputs[i] for i in rows],
+                               [targets[i] if targets else NO_TARGET for i in rows], self._virtual)
+      waiting.append((live, run(rows, batch)))
+      if len(waiting) > 2:  # the device works on the next batches while this one is fetched
+        _collect(results, *waiting.pop(0))
+    for item in waiting:
+      _collect(results, *item)
+    return results
+
+  def _groups(self, inputs: Sequence[Tokens]) -> Iterator[tuple[list[int], list[int]]]:
+    """(indices answered, indices of a full batch), the longest inputs first.
+
+    The last batch is filled up with copies of its last row.
+    """
+    order = sorted(range(len(inputs)), key=lambda i: (-len(inputs[i]), i))
+    for start in range(0, len(order), self._batch_size):
+      live = order[start:start + self._batch_size]
+      yield live, live + [live[-1]] * (self._batch_size - len(live))
+
+
+def _collect(results: list, live: list[int], outputs: Array) -> None:
+  for i, output in zip(live, np.asarray(outputs), strict=False):
+    results[i] = output

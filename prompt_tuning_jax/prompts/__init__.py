@@ -1,0 +1,1 @@
+"""Prompts: what is trained. They know shapes, but no network."""

@@ -1,0 +1,106 @@
+"""What a prompt starts from (Lester et al. 2021, section 3.2).
+
+An initializer is a frozen dataclass called with a key, the prompt's length, the base's embedding
+table [V, D] and its vocabulary; it returns [P, D] float32.
+"""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prompt_tuning_jax.types import Array
+
+
+class Vocabulary(Protocol):
+  """What an initializer needs of a vocabulary."""
+
+  def encode(self, text: str) -> list[int]:
+    """Token ids without the end-of-sequence id."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+  """Independent uniform numbers in [-scale, scale); the paper's random baseline has 0.5."""
+
+  scale: float = 0.5
+
+  def __call__(self, key, length: int, table: Array, vocabulary: Vocabulary | None) -> Array:
+    shape = (length, table.shape[1])
+    return jax.random.uniform(key, shape, jnp.float32, -self.scale, self.scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledVocabulary:
+  """Embeddings of `first_n` most frequent words, drawn without replacement while they last.
+
+  SentencePiece numbers its pieces by frequency, so these are the first rows of the table.
+  """
+
+  first_n: int = 5000
+
+  def __call__(self, key, length: int, table: Array, vocabulary: Vocabulary | None) -> Array:
+    words = min(self.first_n, table.shape[0])
+    if words < 1:
+      raise ValueError(f'first_n must be at least 1, got {self.first_n}.')
+    rows = jax.random.choice(key, words, (length,), replace=length > words)
+    return table[rows].astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassLabels:
+  """The embeddings of the labels' texts, a label of several pieces by their mean.
+
+  The rows that remain, if any, come from `fallback`. A prompt with fewer rows than there are
+  labels takes the first ones.
+  """
+
+  labels: tuple[str, ...]
+  fallback: SampledVocabulary = SampledVocabulary()
+
+  def __call__(self, key, length: int, table: Array, vocabulary: Vocabulary | None) -> Array:
+    if not self.labels:
+      raise ValueError('ClassLabels needs at least one label: set CLASS_LABELS.')
+    rows = []
+    for label in self.labels[:length]:
+      pieces = _encode(vocabulary, label)
+      rows.append(jnp.mean(table[np.asarray(pieces)].astype(jnp.float32), axis=0))
+    rest = self.fallback(key, length - len(rows), table, vocabulary)
+    return jnp.concatenate([jnp.stack(rows), rest]) if rows else rest
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """The embeddings of a text's tokens, over and over until the prompt is full."""
+
+  text: str
+
+  def __call__(self, key, length: int, table: Array, vocabulary: Vocabulary | None) -> Array:
+    pieces = np.resize(_encode(vocabulary, self.text), length)
+    return table[pieces].astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class FromArray:
+  """Given numbers [P, D], such as the prompt of a source task (SPoT, Vu et al. 2022)."""
+
+  embedding: Array
+
+  def __call__(self, key, length: int, table: Array, vocabulary: Vocabulary | None) -> Array:
+    expected = (length, table.shape[1])
+    if tuple(self.embedding.shape) != expected:
+      raise ValueError(f'The initial prompt must have shape {expected} (PROMPT_LENGTH, d_model), '
+                       f'got {tuple(self.embedding.shape)}.')
+    return jnp.asarray(self.embedding, jnp.float32)
+
+
+def _encode(vocabulary: Vocabulary | None, text: str) -> list[int]:
+  if vocabulary is None:
+    raise ValueError(f'To start a prompt from {text!r} the vocabulary of the base is needed: '
+                     'give its SentencePiece file with VOCABULARY.')
+  pieces = vocabulary.encode(text)
+  if not pieces:
+    raise ValueError(f'The text {text!r} has no tokens in this vocabulary.')
+  return pieces

@@ -1,0 +1,52 @@
+"""Trains a SentencePiece vocabulary: `python -m prompt_tuning_jax.train_vocabulary --input=…`."""
+
+import argparse
+import sys
+
+ABOUT = ('Trains a unigram SentencePiece vocabulary with T5\'s special ids (0 padding, 1 end, 2 '
+         'unknown) from plain text, a line a sentence.')
+
+
+def lines(paths: list[str], every: int):
+  """Every `every`-th line that is not blank, of text files that may be .gz or .xz."""
+  import gzip
+  import lzma
+  number = 0
+  for path in paths:
+    opener = {'gz': gzip.open, 'xz': lzma.open}.get(path.rsplit('.', 1)[-1], open)
+    try:
+      with opener(path, 'rt', encoding='utf-8') as file:
+        for line in filter(None, map(str.strip, file)):
+          if number % every == 0:
+            yield line
+          number += 1
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+      raise ValueError(f'Cannot read {path}: {error}.') from None
+
+
+def main(argv: list[str]) -> int:
+  """Returns the exit status."""
+  parser = argparse.ArgumentParser(prog='python -m prompt_tuning_jax.train_vocabulary',
+                                   allow_abbrev=False, description=ABOUT)
+  parser.add_argument('--input', required=True, nargs='+', metavar='FILE',
+                      help='text files, UTF-8, also .gz and .xz')
+  parser.add_argument('--output', required=True, metavar='FILE', help='such as spiece.model')
+  parser.add_argument('--pieces', type=int, default=8000, metavar='N',
+                      help='size without the sentinels (default 8000)')
+  parser.add_argument('--every', type=int, default=1, metavar='N',
+                      help='read every N-th line only (default 1)')
+  flags = parser.parse_args(argv)
+  from prompt_tuning_jax.data.vocabulary import train_vocabulary
+  try:
+    if flags.pieces < 1 or flags.every < 1:
+      raise ValueError('--pieces and --every must be at least 1.')
+    made = train_vocabulary(lines(flags.input, flags.every), flags.output, flags.pieces)
+  except ValueError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 1
+  print(f'{made.size - made.extra_ids} pieces and {made.extra_ids} sentinels in {flags.output}')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,70 @@
+"""Ways to adapt a base: which leaves train, what is added to the model, what is saved."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from prompt_tuning_jax import param_paths
+from prompt_tuning_jax.checkpoints import hf_safetensors, prompt_file
+from prompt_tuning_jax.checkpoints.base_checkpoint import Base
+from prompt_tuning_jax.networks import t5
+from prompt_tuning_jax.prompted_model import PromptedModel
+from prompt_tuning_jax.prompts import initializers
+from prompt_tuning_jax.prompts.soft_prompt import SoftPrompt
+from prompt_tuning_jax.prompts.virtual_tokens import VirtualTokens
+from prompt_tuning_jax.types import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptTuning:
+  """A soft prompt before a frozen model (Lester et al. 2021)."""
+
+  length: int = 100
+  placement: str = 'before'
+  initializer: Callable = initializers.SampledVocabulary()
+
+  trainable = ('prompt/.*',)
+
+  def model(self, config: t5.T5Config) -> PromptedModel:
+    """The network with this method's modules around it."""
+    return PromptedModel(t5.Transformer(config), SoftPrompt(self.length, config.emb_dim))
+
+  def virtual_tokens(self, num_embeddings: int) -> VirtualTokens:
+    """What the data path writes into each input."""
+    return VirtualTokens(num_embeddings, self.length, self.placement)
+
+  def initial(self, key, params: PyTree, vocabulary: Any) -> PyTree:
+    """The leaves this method adds to the base's tree, from the base's embedding table."""
+    table = params['token_embedder']['embedding']
+    return {'prompt': {'embedding': self.initializer(key, self.length, table, vocabulary)}}
+
+  def save(self, path: pathlib.Path, trained: PyTree, base: Base, about: Mapping[str, Any]):
+    """Writes the prompt as `path`.safetensors; `about` has its task, labels and metric."""
+    metadata = prompt_file.describe(base, placement=self.placement, length=self.length, **about)
+    leaves = param_paths.flatten(jax.device_get(trained))
+    prompt_file.save(path.with_suffix('.safetensors'), prompt_file.PromptFile(leaves, metadata))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelTuning:
+  """All weights train: the baseline of both papers, and how a base is pretrained."""
+
+  trainable = ('.*',)
+
+  def model(self, config: t5.T5Config) -> PromptedModel:
+    """The bare network."""
+    return PromptedModel(t5.Transformer(config))
+
+  def virtual_tokens(self, num_embeddings: int) -> None:
+    """Nothing is written into the inputs."""
+
+  def initial(self, key, params: PyTree, vocabulary: Any) -> PyTree:
+    """Adds nothing."""
+    return {}
+
+  def save(self, path: pathlib.Path, trained: PyTree, base: Base, about: Mapping[str, Any]):
+    """Writes the whole model as the Hugging Face folder `path`."""
+    hf_safetensors.write(path, base.config, trained, vocabulary=base.vocabulary, replace=True)

@@ -1,0 +1,118 @@
+"""What a run reports: MODEL_DIR/metrics.jsonl, TensorBoard events, a progress line, curves.png."""
+
+import json
+import logging
+import math
+import pathlib
+import time
+from collections.abc import Mapping
+
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+  """Writes each report to every place at once; a resumed run goes on in the same files.
+
+  `first_step` is where this run (re)starts: lines of later steps, left by a killed process, are
+  taken out, so that metrics.jsonl holds every step once.
+  """
+
+  def __init__(self, folder: pathlib.Path, total_steps: int, first_step: int = 0):
+    self._path = folder / 'metrics.jsonl'
+    self._drop_after(first_step)
+    self._lines = self._path.open('a', encoding='utf-8')
+    name = f'events.out.tfevents.{int(time.time())}.{first_step:08d}'
+    self._events_file = (folder / name).open('wb')
+    self._events = RecordWriter(self._events_file)
+    self._event(event_pb2.Event(wall_time=time.time(), file_version='brain.Event:2'))
+    self._folder, self._total_steps = folder, total_steps
+    self._last_step, self._last_time = first_step, time.monotonic()
+
+  def _drop_after(self, step: int) -> None:
+    if not self._path.exists():
+      return
+    kept = []
+    for line in self._path.read_text(encoding='utf-8').splitlines():
+      try:
+        if json.loads(line)['step'] <= step:
+          kept.append(line + '\n')
+      except (json.JSONDecodeError, KeyError):
+        logger.warning('Dropped a broken line of %s.', self._path)
+    temporary = self._path.with_suffix('.tmp')
+    temporary.write_text(''.join(kept), encoding='utf-8')
+    temporary.replace(self._path)
+
+  def _event(self, event: event_pb2.Event) -> None:
+    self._events.write(event.SerializeToString())
+
+  def report(self, step: int, split: str, task: str, values: Mapping[str, float]) -> None:
+    """Writes one line {'step', 'split', 'task', name: value, …} and the same to TensorBoard."""
+    values = {name: float(value) for name, value in values.items()}
+    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    line = {'step': step, 'split': split, 'task': task, **finite}
+    self._lines.write(json.dumps(line) + '\n')
+    self._lines.flush()
+    summary = summary_pb2.Summary(value=[
+        summary_pb2.Summary.Value(tag=f'{split}/{name}', simple_value=value)
+        for name, value in values.items()])
+    self._event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+    self._events.flush()
+
+  def report_training(self, step: int, task: str, values: Mapping[str, float],
+                      batch_size: int) -> None:
+    """Reports the training metrics and prints the progress line."""
+    now = time.monotonic()
+    rate = (step - self._last_step) / max(now - self._last_time, 1e-9)
+    self._last_step, self._last_time = step, now
+    values = {**values, 'examples_per_second': rate * batch_size}
+    self.report(step, 'train', task, values)
+    logger.info('step %d/%d  loss %.4f  %.1f examples/s  ETA %s', step, self._total_steps,
+                values['loss'], values['examples_per_second'],
+                _clock((self._total_steps - step) / rate if rate > 0 else math.inf))
+
+  def report_evaluation(self, step: int, task: str, values: Mapping[str, float],
+                        best: bool) -> None:
+    """Reports an evaluation; its time does not count against examples/s."""
+    self.report(step, 'validation', task, values)
+    shown = '  '.join(f'{name} {value:.4g}' for name, value in values.items())
+    logger.info('step %d/%d  validation: %s%s', step, self._total_steps, shown,
+                '  (best so far)' if best else '')
+    self._last_step, self._last_time = step, time.monotonic()
+
+  def plot(self) -> None:
+    """Draws every metric over the steps into curves.png."""
+    import matplotlib  # slow to import, and used once a run
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    series: dict[str, dict[str, list]] = {}
+    for line in self._path.read_text(encoding='utf-8').splitlines():
+      row = json.loads(line)
+      for name in row.keys() - {'step', 'split', 'task', 'tokens', 'examples_per_second'}:
+        if row[name] is not None:
+          series.setdefault(name, {}).setdefault(row['split'], []).append((row['step'], row[name]))
+    if not series:
+      return
+    figure, axes = pyplot.subplots(1, len(series), figsize=(4 * len(series), 3), squeeze=False)
+    for axis, (name, splits) in zip(axes[0], sorted(series.items()), strict=True):
+      for split, points in sorted(splits.items()):
+        axis.plot(*zip(*points, strict=True), label=split)
+      axis.set(title=name, xlabel='step')
+      axis.legend()
+    figure.tight_layout()
+    figure.savefig(self._folder / 'curves.png', dpi=100)
+    pyplot.close(figure)
+
+  def close(self) -> None:
+    """Closes the files."""
+    self._lines.close()
+    self._events.close()
+
+
+def _clock(seconds: float) -> str:
+  if not math.isfinite(seconds):
+    return '?'
+  minutes, seconds = divmod(int(seconds), 60)
+  return f'{minutes // 60}:{minutes % 60:02d}:{seconds:02d}'

@@ -1,0 +1,81 @@
+"""Packages, dependencies and package data; what tools read stands in pyproject.toml."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).resolve().parent
+VERSION = re.search(
+    r"^__version__ = '([^']+)'$",
+    (ROOT / 'prompt_tuning_jax' / '__init__.py').read_text(encoding='utf-8'),
+    re.MULTILINE,
+).group(1)
+README = ROOT / 'README.md'
+
+setup(
+    name='prompt_tuning_jax',
+    version=VERSION,
+    description='Soft prompts for T5 in JAX: train, evaluate and serve prompts of a frozen model',
+    long_description=README.read_text(encoding='utf-8') if README.exists() else '',
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    license_files=['LICENSE'],
+    python_requires='>=3.11',
+    classifiers=[
+        'Development Status :: 3 - Alpha',
+        'Intended Audience :: Science/Research',
+        'Programming Language :: Python :: 3',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
+    # tasks/ and gin/ stand at the top of the repository, where people look for them, and are
+    # installed inside the package. gin/ holds no Python and must never get an __init__.py: from
+    # the repository's root `import gin` would then load that folder instead of gin-config.
+    packages=find_packages(include=['prompt_tuning_jax*'])
+    + ['prompt_tuning_jax.tasks', 'prompt_tuning_jax.gin'],
+    package_dir={'prompt_tuning_jax.tasks': 'tasks', 'prompt_tuning_jax.gin': 'gin'},
+    package_data={
+        'prompt_tuning_jax': ['bases/**/*'],
+        'prompt_tuning_jax.gin': ['**/*.gin'],
+    },
+    install_requires=[
+        'absl-py',
+        'clu>=0.0.12',
+        'etils[epath]',
+        'flax>=0.12',
+        'gin-config>=0.5',
+        'importlib_resources',  # tensorflow-datasets imports it lazily and does not declare it
+        'jax>=0.10',
+        'matplotlib',
+        'ml_dtypes',
+        'msgpack',
+        'numpy>=2.0',
+        'optax>=0.2.6',
+        'orbax-checkpoint>=0.11',
+        'rich',
+        'safetensors',
+        'sentencepiece>=0.2',
+        'seqio>=0.0.20',
+        'tensorboard',  # clu.metric_writers needs it and does not declare it
+        'tensorflow-datasets>=4.9',
+        'tensorstore',
+    ],
+    extras_require={
+        'tpu': ['jax[tpu]'],
+        'cuda': ['jax[cuda12]'],
+        'test': [
+            'build',
+            'peft',
+            'pytest',
+            'pytest-timeout',
+            'pytest-xdist',
+            'ruff',
+            'scikit-learn',
+            'setuptools>=68',
+            'torch',
+            'transformers',
+            'wheel',
+        ],
+        'bench': ['peft', 'psutil', 'torch', 'transformers'],
+    },
+)

@@ -1,0 +1,145 @@
+"""Bases: found by name or folder, sharded as asked, of one fingerprint in every format."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from prompt_tuning_jax import param_paths
+from prompt_tuning_jax.checkpoints import (
+  base_checkpoint,
+  hf_safetensors,
+  stored_leaf,
+  t5x_legacy,
+)
+from prompt_tuning_jax.checkpoints.base_checkpoint import fingerprint, load_base
+from prompt_tuning_jax.checkpoints.hf_config import VocabularyFile
+from prompt_tuning_jax.networks import t5
+
+CONFIG = t5.T5Config(1500, 4, 2, 1, 1, 2, 8)
+
+
+def random_params(config=CONFIG):
+  rng = np.random.default_rng(0)
+  return param_paths.unflatten({
+      path: jnp.asarray(rng.normal(size=spec.shape), jnp.float32)
+      for path, spec in t5.parameter_specs(config).items()})
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+  """The same weights as T5X, as Hugging Face, and each in bfloat16."""
+  root = tmp_path_factory.mktemp('bases')
+  params = random_params()
+  for dtype in ('float32', 'bfloat16'):
+    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), params)  # noqa: B023
+    t5x_legacy.write(root / f't5x_{dtype}', cast)
+    hf_safetensors.write(root / f'hf_{dtype}', CONFIG, cast)
+  return root
+
+
+def test_every_copy_has_the_same_fingerprint(folders):
+  found = {load_base(folder, dtype=dtype).fingerprint
+           for folder in folders.iterdir() for dtype in ('float32', 'bfloat16', None)}
+  assert found == {fingerprint(random_params())} and len(found.pop()) == 64
+
+
+def test_a_sibling_has_another_fingerprint():
+  params = random_params()
+  known = fingerprint(params)
+  flat = param_paths.flatten(params)
+  for path, where in [('token_embedder/embedding', (1023, 0)), ('encoder/encoder_norm/scale', 0)]:
+    assert fingerprint(param_paths.unflatten(
+        flat | {path: flat[path].at[where].multiply(1.01)})) != known
+  shape = flat['decoder/logits_dense/kernel'].shape
+  assert fingerprint(param_paths.unflatten(
+      flat | {'decoder/logits_dense/kernel': jnp.zeros((shape[1], shape[0]))})) != known
+
+
+def test_fingerprint_of_numpy_is_that_of_jax():
+  params = random_params()
+  assert fingerprint(jax.tree.map(np.asarray, params)) == fingerprint(params)
+
+
+def test_t5x_and_hugging_face_load_the_same_tree(folders):
+  a, b = (param_paths.flatten(load_base(folders / f'{kind}_float32').params)
+          for kind in ('t5x', 'hf'))
+  assert a.keys() == b.keys()
+  for path in a:
+    np.testing.assert_array_equal(a[path], b[path])
+
+
+def test_dtype_and_overrides(folders, tmp_path):
+  base = load_base(folders / 'hf_float32', dtype='bfloat16')
+  assert all(leaf.dtype == jnp.bfloat16 for leaf in param_paths.flatten(base.params).values())
+  (tmp_path / 'words.model').write_bytes(b'pieces')
+  config = dataclasses.replace(CONFIG, dropout_rate=0.0, dtype='bfloat16')
+  for kind in ('hf', 't5x'):
+    base = load_base(folders / f'{kind}_float32', config=config,
+                     vocabulary_file=str(tmp_path / 'words.model'))
+    assert base.config == config
+    assert base.vocabulary == VocabularyFile(str(tmp_path / 'words.model'), 100)
+    with pytest.raises(ValueError, match='wrong shape|Wrong shape'):
+      load_base(folders / f'{kind}_float32', config=dataclasses.replace(CONFIG, mlp_dim=9))
+    with pytest.raises(ValueError, match='no vocabulary file'):
+      load_base(folders / f'{kind}_float32', vocabulary_file='absent.model')
+  assert load_base(folders / 't5x_float32', vocabulary_file='bytes').vocabulary.extra_ids == 125
+
+
+class Reads:
+  """Counts what a leaf's `read` was asked for."""
+
+  def __init__(self, array):
+    self.array, self.asked = array, []
+
+  def __call__(self, index):
+    self.asked.append(index)
+    return self.array[index]
+
+
+def test_a_replicated_leaf_is_read_once_and_each_shard_reads_its_slice():
+  devices = jax.devices()
+  mesh = jax.make_mesh((len(devices),), ('model',), axis_types=(jax.sharding.AxisType.Auto,))
+  array = np.arange(len(devices) * 6, dtype=np.float32).reshape(-1, 3)
+  for spec, reads in [(PartitionSpec(), 1), (PartitionSpec('model'), len(devices))]:
+    read = Reads(array)
+    leaf = stored_leaf.StoredLeaf('a', array.shape, 'float32', read)
+    sharding = NamedSharding(mesh, spec)
+    tree = stored_leaf.load({'a': leaf}, {'a': array.shape}, 'here', 'bfloat16',
+                            lambda path, shape: sharding)  # noqa: B023
+    assert tree['a'].sharding == sharding and tree['a'].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(tree['a'].astype(jnp.float32), array)
+    assert len(read.asked) == reads
+
+
+def test_loaded_leaves_do_not_depend_on_the_file(folders, tmp_path):
+  hf_safetensors.write(tmp_path / 'x', CONFIG, random_params())
+  base = load_base(tmp_path / 'x')
+  path = tmp_path / 'x/model.safetensors'
+  with open(path, 'r+b') as file:
+    file.seek(-1000, 2)
+    file.write(b'\0' * 1000)
+  assert fingerprint(base.params) == fingerprint(random_params())
+  assert np.asarray(base.params['token_embedder']['embedding'])[-1].all()
+
+
+def test_names(folders, tmp_path, monkeypatch):
+  monkeypatch.setattr(base_checkpoint, 'BUNDLED', tmp_path)
+  with pytest.raises(ValueError, match="'mini' is no folder, and no bundled base: those are none"):
+    load_base('mini')
+  hf_safetensors.write(tmp_path / 'mini', CONFIG, random_params())
+  assert load_base('mini').name == 'mini'
+  with pytest.raises(ValueError, match='those are mini'):
+    load_base('maxi')
+  assert load_base(folders / 'hf_bfloat16').name == 'hf_bfloat16'
+  (tmp_path / 'empty').mkdir()
+  (tmp_path / 'file').write_text('')
+  t5x_legacy.write(tmp_path / 'run/checkpoint_900', random_params())
+  t5x_legacy.write(tmp_path / 'run/checkpoint_1000', random_params())
+  for name, reason in [('empty', 'neither the file'), ('file', 'a file, not a folder'),
+                       ('run', 'Did you mean .*checkpoint_1000')]:
+    with pytest.raises(ValueError, match=reason):
+      load_base(tmp_path / name)

@@ -1,0 +1,109 @@
+"""Each layer against its definition in NumPy."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prompt_tuning_jax.networks import layers
+
+RNG = np.random.default_rng(0)
+TABLE = RNG.normal(size=(7, 4)).astype(np.float32)
+ROWS = RNG.normal(size=(3, 4)).astype(np.float32)
+TOKENS = np.array([[0, 6, 7, 9], [8, 1, 0, 0]], np.int32)
+
+
+def embed(tokens, rows=None, table=TABLE, dtype=jnp.float32):
+  return layers.Embed(*TABLE.shape, dtype).apply({'params': {'embedding': table}}, tokens, rows)
+
+
+def test_virtual_ids_embed_as_the_rows_after_the_table():
+  np.testing.assert_array_equal(embed(TOKENS, ROWS), np.concatenate([TABLE, ROWS])[TOKENS])
+
+
+def test_words_embed_the_same_with_and_without_virtual_rows():
+  words = np.array([[0, 3, 6]], np.int32)
+  for rows in (None, ROWS, ROWS[:0]):
+    np.testing.assert_array_equal(embed(words, rows), TABLE[words])
+
+
+def test_the_gradient_reaches_only_the_rows_that_are_used():
+  total = lambda table, rows: jnp.sum(embed(np.array([[0, 8, 8, 2]]), rows, table))
+  words, rows = jax.grad(total, (0, 1))(TABLE, ROWS)
+  np.testing.assert_array_equal(words[:, 0], [1, 0, 1, 0, 0, 0, 0])
+  np.testing.assert_array_equal(rows[:, 0], [0, 2, 0])
+
+
+def test_the_tied_output_is_a_product_with_the_table():
+  x = RNG.normal(size=(2, 3, 4)).astype(np.float32)
+  module = layers.Embed(7, 4, jnp.bfloat16)
+  variables = {'params': {'embedding': TABLE}}
+  exact = module.apply(variables, x, method='attend')
+  np.testing.assert_allclose(exact, x @ TABLE.T, rtol=1e-5, atol=1e-5)
+  rounded = module.apply(variables, x.astype(jnp.bfloat16), method='attend')
+  assert rounded.dtype == jnp.float32
+  np.testing.assert_allclose(rounded, exact, atol=0.1)
+
+
+def test_layer_norm_divides_by_the_root_mean_square():
+  x = RNG.normal(size=(2, 3, 8), loc=5).astype(np.float32)
+  scale = RNG.normal(size=8).astype(np.float32)
+  expected = x / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1e-6) * scale
+  apply = lambda x, dtype: layers.LayerNorm(dtype).apply({'params': {'scale': scale}}, x)
+  np.testing.assert_allclose(apply(x, jnp.float32), expected, rtol=1e-5)
+  # In bfloat16 only the result is rounded; the sum of squares beyond its range is not.
+  large = apply((x * 1e19).astype(jnp.bfloat16), jnp.bfloat16)
+  assert large.dtype == jnp.bfloat16 and bool(jnp.all(jnp.isfinite(apply(x * 1e18, jnp.bfloat16))))
+  assert not np.any(np.asarray(apply(np.zeros_like(x), jnp.float32)))
+
+
+@pytest.mark.parametrize('names, function', [
+    (('relu',), lambda a, b: np.maximum(a, 0)),
+    (('gelu', 'linear'), lambda a, b: b * a / 2 * (
+        1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a ** 3)))),
+    (('silu', 'linear'), lambda a, b: b * a / (1 + np.exp(-a))),
+], ids=lambda value: '_'.join(value) if isinstance(value, tuple) else '')
+def test_feed_forward(names, function):
+  x = RNG.normal(size=(2, 3, 4)).astype(np.float32)
+  module = layers.MlpBlock(5, names, dropout_rate=0.5)
+  params = module.init(jax.random.key(0), x, True)['params']
+  wi = [name for name in sorted(params) if name.startswith('wi')]
+  assert wi == (['wi'] if len(names) == 1 else ['wi_0', 'wi_1'])
+  hidden = [x @ np.asarray(params[name]['kernel']) for name in wi]
+  expected = function(hidden[0], hidden[-1]) @ np.asarray(params['wo']['kernel'])
+  np.testing.assert_allclose(module.apply({'params': params}, x, True), expected, rtol=1e-4,
+                             atol=1e-5)
+
+
+class TwoDrops(nn.Module):
+  """One dropout called twice, as the layers of T5 do."""
+
+  @nn.compact
+  def __call__(self, x, rate, broadcast):
+    drop = functools.partial(layers.dropout(rate, broadcast), deterministic=False)
+    return drop(x), drop(x)
+
+
+def dropped(rate, key, broadcast=True, shape=(64, 5, 64)):
+  apply = functools.partial(TwoDrops().apply, {}, np.ones(shape, np.float32), rate, broadcast)
+  return apply(rngs={'dropout': jax.random.key(key)})
+
+
+def test_dropout_drops_a_feature_at_every_position_and_keeps_the_mean():
+  first, second = dropped(0.25, key=0)
+  assert set(np.unique(first)) == {0, np.float32(1 / 0.75)}
+  np.testing.assert_array_equal(first, np.broadcast_to(first[:, :1], first.shape))
+  # 4,096 draws: the standard error of the mean is 0.009.
+  np.testing.assert_allclose([np.mean(first), np.mean(second)], 1, atol=0.04)
+  assert np.any(first != second)
+  single, _ = dropped(0.25, key=0, broadcast=False)
+  assert np.any(single != single[:, :1])
+
+
+def test_dropout_is_a_function_of_its_key():
+  np.testing.assert_array_equal(dropped(0.5, key=3), dropped(0.5, key=3))
+  assert np.any(dropped(0.5, key=3)[0] != dropped(0.5, key=4)[0])
+  np.testing.assert_array_equal(dropped(0.0, key=3), np.ones((2, 64, 5, 64)))

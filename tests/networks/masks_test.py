@@ -1,0 +1,29 @@
+"""Masks say which query sees which key."""
+
+import numpy as np
+
+from prompt_tuning_jax.networks import masks
+
+
+def test_pairwise_is_the_outer_product():
+  query, key = np.array([[True, False]]), np.array([[True, True, False]])
+  np.testing.assert_array_equal(
+      masks.pairwise(query, key), [[[[True, True, False], [False, False, False]]]])
+
+
+def test_same_segment():
+  np.testing.assert_array_equal(
+      masks.same_segment(np.array([[1, 2]]), np.array([[1, 1, 2]])),
+      [[[[True, True, False], [False, False, True]]]])
+
+
+def test_causal_compares_positions_not_indices():
+  np.testing.assert_array_equal(masks.causal(np.array([2]), np.arange(4)),
+                                [[[[True, True, True, False]]]])
+
+
+def test_combine():
+  a, b = np.array([[[[True, True]]]]), np.array([[[[True, False], [True, True]]]])
+  np.testing.assert_array_equal(masks.combine(None, a, b), b)
+  np.testing.assert_array_equal(masks.combine(a, None), a)
+  assert masks.combine(None, None) is None

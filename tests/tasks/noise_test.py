@@ -1,0 +1,117 @@
+"""Span corruption and prefix LM against the paper's numbers, and nothing is lost."""
+
+import numpy as np
+import pytest
+
+from prompt_tuning_jax.tasks import noise
+
+FIRST_SENTINEL = 32099
+
+
+def spans_of(mask: np.ndarray) -> np.ndarray:
+  return (mask & ~np.pad(mask, ((0, 0), (1, 0)))[:, :-1]).sum(1)
+
+
+def test_t5s_own_lengths():
+  assert noise.raw_length(512, 114) == 568
+  assert noise.raw_length(512, 512) == 568
+  assert noise.noise_counts(568) == (85, 28)
+
+
+@pytest.mark.parametrize('length', [2, 3, 5, 17, 141, 568])
+def test_fifteen_percent_in_spans_of_three(length):
+  mask = noise.span_mask(2000, length, np.random.default_rng(0))
+  tokens, spans = noise.noise_counts(length)
+  assert (mask.sum(1) == tokens).all() and (spans_of(mask) == spans).all()
+  if length > 100:
+    assert abs(mask.mean() - 0.15) < 0.005
+    assert abs(tokens / spans - 3) < 0.2
+    # Noise is as likely at every place, but for the edges, which fewer spans can cover.
+    assert abs(mask.mean(0)[5:-5] - mask.mean()).max() < 0.04
+    assert mask[:, 0].any() and mask[:, -1].any()
+
+
+def test_span_lengths_are_uniform_over_compositions():
+  mask = noise.span_mask(30000, 20, np.random.default_rng(1), 0.2, 2)  # 4 tokens in 2 spans
+  first = [len(row.tobytes().lstrip(b'\0').split(b'\0')[0]) for row in mask]
+  counts = np.bincount(first)[1:]
+  assert abs(counts / 30000 - 1 / 3).max() < 0.02  # 1 + 3, 2 + 2, 3 + 1
+
+
+@pytest.mark.parametrize('length', [2, 7, 100, 568])
+def test_every_token_can_be_restored(length):
+  rng = np.random.default_rng(2)
+  tokens = rng.integers(2, 32000, size=(50, length), dtype=np.int32)
+  mask = noise.span_mask(50, length, rng)
+  inputs, targets = noise.span_corruption(tokens, mask, FIRST_SENTINEL)
+  num_noise, spans = noise.noise_counts(length)
+  assert inputs.shape == (50, length - num_noise + spans + 1)
+  assert targets.shape == (50, num_noise + spans + 1)
+  assert inputs.dtype == targets.dtype == np.int32
+  assert (inputs[:, -1] == 1).all() and (targets[:, -1] == 1).all()
+  for row in range(50):
+    used = [t for t in targets[row].tolist() if t >= 32000]
+    assert used == [FIRST_SENTINEL - k for k in range(spans)]
+    assert used == [t for t in inputs[row].tolist() if t >= 32000]
+    restored = noise.restore_spans(inputs[row], targets[row], lowest_sentinel=32000)
+    np.testing.assert_array_equal(restored, tokens[row])
+
+
+def test_corruption_by_hand():
+  tokens = np.array([[11, 12, 13, 14, 15, 16]], np.int32)
+  mask = np.array([[0, 1, 1, 0, 0, 1]], bool)
+  inputs, targets = noise.span_corruption(tokens, mask, 99)
+  assert inputs.tolist() == [[11, 99, 14, 15, 98, 1]]
+  assert targets.tolist() == [[99, 12, 13, 98, 16, 1]]
+
+
+@pytest.mark.parametrize('inputs,targets', [(64, 64), (128, 40), (512, 20), (3, 3), (40, 128)])
+def test_raw_length_fills_and_fits(inputs, targets):
+  def sides(length):
+    num_noise, spans = noise.noise_counts(length)
+    return length - num_noise + spans + 1, num_noise + spans + 1
+
+  length = noise.raw_length(inputs, targets)
+  assert sides(length)[0] <= inputs and sides(length)[1] <= targets
+  longer = sides(length + 1)
+  assert longer[0] > inputs or longer[1] > targets
+
+
+def test_the_seed_decides():
+  masks = [noise.span_mask(4, 60, np.random.default_rng(seed)) for seed in (3, 3, 4)]
+  assert (masks[0] == masks[1]).all() and (masks[0] != masks[2]).any()
+
+
+@pytest.mark.parametrize('inputs,targets', [(64, 64), (512, 128), (32, 100), (2, 2), (3, 2)])
+def test_prefixes_fit_and_reach_every_split(inputs, targets):
+  length = noise.prefix_raw_length(inputs, targets)
+  points = noise.prefix_split_points(5000, length, inputs, targets, np.random.default_rng(0))
+  assert points.min() >= 1 and points.max() <= min(length, inputs) - 1
+  assert (length - points).min() >= 1 and (length - points).max() <= targets - 1
+  room = min(length - 1, inputs - 1) - max(1, length - targets + 1) + 1
+  assert len(np.unique(points)) == room
+
+
+def test_split_loses_nothing():
+  tokens = np.arange(2, 50, dtype=np.int32).reshape(4, 12)
+  inputs, targets = noise.split_at(tokens, np.array([1, 11, 5, 6]))
+  for row in range(4):
+    sides = [side[row][side[row] != 0].tolist() for side in (inputs, targets)]
+    assert sides[0][-1] == sides[1][-1] == 1
+    assert sides[0][:-1] + sides[1][:-1] == tokens[row].tolist()
+
+
+def test_chunks_lose_at_most_one_token():
+  blocks = list(noise.chunks(np.arange(23), 5))
+  assert [block.shape for block in blocks] == [(4, 5), (1, 3)]
+  assert np.concatenate([block.ravel() for block in blocks]).tolist() == list(range(23))
+  assert [block.shape for block in noise.chunks(np.arange(21), 5)] == [(4, 5)]
+
+
+def test_errors():
+  with pytest.raises(ValueError, match='at least 3 inputs'):
+    noise.raw_length(2, 50)
+  with pytest.raises(ValueError, match='at least 2 inputs'):
+    noise.prefix_raw_length(1, 50)
+  with pytest.raises(ValueError, match='at least 2 tokens'):
+    noise.noise_counts(1)
