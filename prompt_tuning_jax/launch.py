@@ -29,7 +29,7 @@ Any gin name can be set on the command line; text need not be quoted again:
   --gin.MODEL_DIR=/tmp/model   --gin.BATCH_SIZE=8   --gin.optimizers.adafactor.learning_rate=0.1
 
 Gin files are looked for in the current folder, in --gin_search_paths, then among our own:
-  network/  prompt/  method/  task/  decoding/  run/    (one of each at most)
+  network/  prompt/  method/  task/  run/     (at most one of each)
 
 Example:
   python -m prompt_tuning_jax.train --gin_file=run/quick_start.gin --gin.MODEL_DIR=/tmp/model
@@ -41,29 +41,31 @@ _LOCATION = re.compile(r'\n  In (?:file "(.*?)",|bindings string) line (\d+)\n')
 _BOUND = re.compile(r'^([\w./]+)\s*=', re.MULTILINE)
 _REFERENCED = re.compile(r'%([\w./]+)')
 _INCLUDE = re.compile(r'^\s*include\b', re.MULTILINE)
-_GIN_ERRORS = (ValueError, NameError, AttributeError, TypeError, RuntimeError, ImportError,
-               OSError, SyntaxError, tokenize.TokenError)
+_GIN_ERRORS = (ValueError, NameError, AttributeError, TypeError, LookupError, RuntimeError,
+               ImportError, OSError, SyntaxError, tokenize.TokenError)
 
 
 def train(argv: Sequence[str]) -> int:
   """The verb `train`: returns the exit status (0, 1 for a refused run, 2 for a wrong command)."""
   flags = parse_flags(argv)
+  if not flags.gin_file:
+    return _refuse('no --gin_file: try --gin_file=run/quick_start.gin, or see --help.', 2)
   set_up_process()
   try:
-    from prompt_tuning_jax.training import run
-    read_config(flags.gin_file, flags.gin_bindings, flags.gin_search_paths, run.train)
+    files = find_files(flags.gin_file, flags.gin_search_paths)
+    from prompt_tuning_jax.training import run  # takes seconds
+    read_config(files, flags.gin_bindings, run.train)
     start_processes(flags)
   except ValueError as error:
     return _refuse(error, 2)
   try:
-    arguments, text = resolve(run.train)
+    arguments, text = resolve(run.train, config_text=None)
     if flags.dry_run:
       print(text)
-      return 0
-    _write_config(arguments['model_dir'], text)
-    run.train(**arguments)
+    else:
+      run.train(**{**arguments, 'config_text': text})
   except ValueError as error:
-    if not _is_ours(error):
+    if not _is_ours(error) or os.environ.get('PROMPT_TUNING_JAX_TRACEBACK'):
       raise
     return _refuse(error, 1)
   return 0
@@ -137,6 +139,8 @@ def set_up_process() -> None:
     config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])
   logging.basicConfig(level=logging.WARNING, format='%(message)s', stream=sys.stderr)
   logging.getLogger('absl').setLevel(logging.WARNING)
+  # gin calls every folder in which a file is not, before the one in which it is, an error.
+  logging.getLogger().addFilter(lambda record: record.module != 'resource_reader')
   logging.getLogger(__package__).setLevel(logging.INFO)
 
 
@@ -146,13 +150,14 @@ def start_processes(flags: argparse.Namespace) -> None:
   address = flags.coordinator_address or env.get('JAX_COORDINATOR_ADDRESS')
   if not (address or flags.multiprocess):
     return
-  count = flags.num_processes if flags.num_processes is not None else env.get('JAX_NUM_PROCESSES')
-  index = flags.process_id if flags.process_id is not None else env.get('JAX_PROCESS_ID')
+  count, index = (int(env[name]) if flag is None and name in env else flag for flag, name in (
+      (flags.num_processes, 'JAX_NUM_PROCESSES'), (flags.process_id, 'JAX_PROCESS_ID')))
   if (count is None or index is None) and not flags.multiprocess:
     raise ValueError('--coordinator_address needs --num_processes and --process_id as well.')
   import jax
-  jax.distributed.initialize(address, None if count is None else int(count),
-                             None if index is None else int(index))
+  jax.distributed.initialize(address, count, index)
+  if jax.process_index():
+    logging.getLogger(__package__).setLevel(logging.WARNING)  # process 0 reports for all
 
 
 def gin_folders() -> list[pathlib.Path]:
@@ -161,49 +166,65 @@ def gin_folders() -> list[pathlib.Path]:
           if (folder / 'run').is_dir()]
 
 
-def read_config(files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str],
-                entry: Callable) -> None:
+def find_files(names: Iterable[str], search_paths: Iterable[str] = ()) -> list[pathlib.Path]:
+  """Gin files in reading order. Raises ValueError for one that does not exist or is one too many.
+
+  Later `include` statements look in the same folders.
+  """
+  from gin import config
+  ours = gin_folders()
+  config._LOCATION_PREFIXES[:] = ['.', *filter(None, search_paths), *map(str, ours),
+                                  *(str(folder.parent) for folder in ours)]
+  return _in_reading_order([_find(name) for name in names])
+
+
+def read_config(files: Iterable[pathlib.Path], bindings: Iterable[str], entry: Callable) -> None:
   """Reads gin files, then bindings, and checks that `entry` can be called.
 
   Raises:
     ValueError: one line that says what is wrong, where, and the nearest right name.
   """
   import gin
-  folders = ['.', *filter(None, search_paths), *map(str, gin_folders())]
   gin.clear_config()
-  gin.config._LOCATION_PREFIXES[:] = [*folders, *(str(f.parent) for f in gin_folders())]
   if gin.config._inverse_lookup(entry) is None:
     gin.external_configurable(entry, module=entry.__module__)
-  texts = [text.strip() for text in bindings]
-  from_command_line = [name for text in texts for name in _BOUND.findall(text)]
-  for path in _in_reading_order([_find(name) for name in files]):
+  bindings = [text.strip() for text in bindings]
+  from_command_line = [name for text in bindings for name in _BOUND.findall(text)]
+  texts = list(bindings)
+  for path in files:
     texts += _texts(_parse(gin.parse_config_file, str(path), str(path)))
-  for binding in texts[:len(bindings)]:
+  for binding in bindings:
     _parse(gin.parse_config, binding, f'--gin.{binding}')
   _check_and_prune(entry, from_command_line, set(_REFERENCED.findall('\n'.join(texts))))
   gin.finalize()
 
 
-def resolve(entry: Callable) -> tuple[dict[str, Any], str]:
+def resolve(entry: Callable, **given) -> tuple[dict[str, Any], str]:
   """Builds what the configuration names: (arguments of `entry`, the configuration as gin).
 
-  The text holds defaults too, and reading it gives the same arguments again.
+  The text holds defaults too, and reading it gives the same arguments again. `given` arguments
+  are the caller's: they are not in the text.
   """
   import gin
   arguments = gin.get_bindings(entry)
-  selector = gin.config._inverse_lookup(entry).selector
-  gin.config._OPERATIVE_CONFIG['', selector] = {
-      **gin.config._get_default_configurable_parameter_values(entry, None, None),
-      **gin.get_bindings(entry, resolve_references=False)}
-  return arguments, gin.operative_config_str()
+  values = {**gin.config._get_default_configurable_parameter_values(entry, None, list(given)),
+            **gin.get_bindings(entry, resolve_references=False)}
+  gin.config._OPERATIVE_CONFIG['', gin.config._inverse_lookup(entry).selector] = values
+  return {**arguments, **given}, gin.operative_config_str()
 
 
-def _write_config(model_dir: str, text: str) -> None:
-  import jax
-  if jax.process_index() == 0:
-    folder = pathlib.Path(model_dir).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'config.gin').write_text(text, encoding='utf-8')
+def network_named(name: str):
+  """The T5Config in gin/network/NAME.gin; raises ValueError with the nearest name."""
+  import gin
+
+  from prompt_tuning_jax.networks import t5
+  files = {path.stem: path for path in _our_files() if path.parent.name == 'network'}
+  if name not in files:
+    raise ValueError(f'There is no network {name}.{_nearest(name, files)} Networks: '
+                     f'{", ".join(files)}.')
+  gin.clear_config()
+  gin.parse_config_file(str(files[name]))
+  return gin.get_configurable(t5.T5Config)()
 
 
 def _find(name: str) -> pathlib.Path:
@@ -217,12 +238,9 @@ def _find(name: str) -> pathlib.Path:
 
 def _no_such_file(name: str) -> str:
   from gin import config
-  ours = {f'{path.parent.name}/{path.name}': path.name for path in _our_files()}
-  near = (difflib.get_close_matches(name, ours, 1)
-          or [path for path, stem in ours.items()
-              if stem in difflib.get_close_matches(pathlib.Path(name).name, ours.values(), 1)])
-  hint = f' Did you mean {near[0]}?' if near else ''
-  return f'No gin file {name} in {", ".join(config._LOCATION_PREFIXES)}.{hint}'
+  ours = [f'{path.parent.name}/{path.name}' for path in _our_files()]
+  near = _nearest(name, ours) or _nearest(f'run/{pathlib.Path(name).name}', ours)
+  return f'No gin file {name} in {", ".join(config._LOCATION_PREFIXES)}.{near}'
 
 
 def _in_reading_order(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
@@ -266,8 +284,8 @@ def _explained(message: str) -> str:
   if match := re.search(r'Unable to open file: (.*?)\. Searched', message):
     return _no_such_file(match[1])
   if match := re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message):
-    selector = config._REGISTRY.get_match(match[1].split('.')[-1])
-    names = inspect.signature(selector.wrapped).parameters if selector else ()
+    names = [name for selector in config._REGISTRY.matching_selectors(match[1].split('.')[-1])
+             for name in inspect.signature(config._REGISTRY[selector].wrapped).parameters]
     return f'{match[1]} has no argument {match[2]}.{_nearest(match[2], names)}'
   if match := re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", message):
     depth = match[1].count('.') + 1
@@ -337,7 +355,7 @@ def _missing(used: Iterable[tuple[str, str]], root: str) -> list[str]:
              if getattr(value, 'config_key', None) == ('gin.REQUIRED', CONSTANT)}
     parameters = inspect.signature(config._REGISTRY[selector].wrapped).parameters.values()
     unset |= {parameter.name for parameter in parameters
-              if parameter.default in (inspect.Parameter.empty, config.REQUIRED)
+              if (parameter.default is parameter.empty or parameter.default is config.REQUIRED)
               and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
               and not any(parameter.name in values for values in args)}
     short = '.'.join(selector.split('.')[-2:])
@@ -346,12 +364,9 @@ def _missing(used: Iterable[tuple[str, str]], root: str) -> list[str]:
 
 
 def _how_to_set(name: str) -> str:
-  binds = re.compile(rf'^\s*{re.escape(name)}\s*=', re.MULTILINE)
   files = [f'{path.parent.name}/{path.name}' for path in _our_files()
-           if binds.search(path.read_text('utf-8'))]
-  if '.' in name and files:
-    return f'add a gin file such as --gin_file={files[0]}'
-  return f'add --gin.{name}=VALUE'
+           if '.' in name and name in _BOUND.findall(path.read_text('utf-8'))]
+  return f'add a file such as --gin_file={files[0]}' if files else f'add --gin.{name}=VALUE'
 
 
 def _our_files() -> list[pathlib.Path]:

@@ -64,7 +64,7 @@ def load(base: str, prompt: str | None = None, *, network: t5.T5Config | None = 
   if prompt:
     file = prompt_file.load(prompt)
     prompt_file.check(file, loaded)
-    length = len(file.params[prompt_file.EMBEDDING])
+    length = len(file.params.get(prompt_file.EMBEDDING, ()))
     module, metadata = SoftPrompt(length, config.emb_dim), file.metadata
     virtual = VirtualTokens(config.vocab_size, length, metadata.get('placement', 'before'))
     params = param_paths.merge(params, param_paths.unflatten(file.params))

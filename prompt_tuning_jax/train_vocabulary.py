@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-ABOUT = ('Trains a unigram SentencePiece vocabulary with T5\'s special ids (0 padding, 1 end, 2 '
+ABOUT = ("Trains a unigram SentencePiece vocabulary with T5's special ids (0 padding, 1 end, 2 "
          'unknown) from plain text, a line a sentence.')
 
 

@@ -17,9 +17,11 @@ FLOORS = (
     {'param_paths'},
     {'networks', 'prompts', 'decoding', 'objectives', 'metrics', 'partitioning', 'optimizers'},
     {'prompted_model', 'methods', 'data', 'checkpoints'},
-    {'training', 'serving', 'analysis', 't5x_bridge'},
+    {'predictor', 'jsonl'},
+    {'training', 'prompted_base', 'serving', 'analysis', 't5x_bridge'},
     {'launch'},
-    {'train', 'eval', 'infer', 'score', 'serve', 'export'},
+    {'verb'},
+    {'train', 'eval', 'infer', 'score', 'serve', 'export', 'train_vocabulary'},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TENSORFLOW = {'tensorflow', 'tensorflow_text', 'tensorflow_datasets', 'seqio', 't5', 'clu'}

@@ -1,7 +1,9 @@
 """What every test starts from: the CPU, one process, a compilation cache, and found test data."""
 
+import json
 import os
 import pathlib
+import random
 
 import pytest
 
@@ -34,3 +36,41 @@ def tfds_data_dir() -> pathlib.Path:
 def test_assets() -> pathlib.Path:
   """The folder of vocabularies and small public checkpoints, or a skip with the reason."""
   return _folder('PROMPT_TUNING_TEST_ASSETS', 'a folder of vocabularies and small checkpoints')
+
+
+@pytest.fixture(scope='session')
+def reviews(tmp_path_factory) -> pathlib.Path:
+  """A JSON-lines file of 240 rows {'text', 'label'}, good or bad, that words tell apart."""
+  rng = random.Random(0)
+  words = {'good': ('lovely', 'bright', 'warm'), 'bad': ('awful', 'dull', 'cold')}
+  path = tmp_path_factory.mktemp('reviews') / 'reviews.jsonl'
+  with open(path, 'w', encoding='utf-8') as file:
+    for _ in range(240):
+      label = rng.choice(sorted(words))
+      thing, word, other = rng.choice(('film', 'play', 'song')), *rng.sample(words[label], 2)
+      text = rng.choice((f'a {word} and {other} {thing}', f'this {thing} is {word}'))
+      file.write(json.dumps({'text': text, 'label': label}) + '\n')
+  return path
+
+
+@pytest.fixture(scope='session')
+def tiny_base(tmp_path_factory, reviews) -> pathlib.Path:
+  """A Hugging Face folder of a random T5 of 8 dimensions with a vocabulary of its own."""
+  from prompt_tuning_jax.checkpoints import base_checkpoint, hf_safetensors
+  from prompt_tuning_jax.data.vocabulary import train_vocabulary
+  from prompt_tuning_jax.networks.t5 import T5Config
+  folder = tmp_path_factory.mktemp('tiny') / 'base'
+  texts = [line for line in reviews.read_text(encoding='utf-8').splitlines()]
+  vocabulary = train_vocabulary(texts, folder.parent / 'spiece.model', pieces=60)
+  config = T5Config(vocab_size=192, emb_dim=8, num_heads=2, num_encoder_layers=1,
+                    num_decoder_layers=1, head_dim=4, mlp_dim=16)
+  base = base_checkpoint.random_base(config, vocabulary.file)
+  hf_safetensors.write(folder, config, base.params, vocabulary=base.vocabulary)
+  return folder
+
+
+@pytest.fixture
+def token_dir(tmp_path, monkeypatch) -> pathlib.Path:
+  """A token cache of the test's own."""
+  monkeypatch.setenv('PROMPT_TUNING_JAX_CACHE', str(tmp_path / 'cache'))
+  return tmp_path / 'cache'

@@ -56,7 +56,8 @@ def house(module, tmp_path, monkeypatch):
 
 def _read(house, argv):
   flags = launch.parse_flags(argv)
-  launch.read_config(flags.gin_file, flags.gin_bindings, flags.gin_search_paths, house.build)
+  files = launch.find_files(flags.gin_file, flags.gin_search_paths)
+  launch.read_config(files, flags.gin_bindings, house.build)
 
 
 def _build(house):
@@ -215,6 +216,11 @@ def test_help_is_quick():
     seconds.append(time.perf_counter() - start)
   assert done.returncode == 0 and '--gin_file' in done.stdout
   assert min(seconds) < 1.0
+
+
+def test_a_command_without_files_says_where_to_begin():
+  done = _run()
+  assert done.returncode == 2 and 'run/quick_start.gin' in done.stderr
 
 
 def test_a_wrong_command_has_status_2_and_no_traceback():

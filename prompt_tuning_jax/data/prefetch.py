@@ -1,5 +1,6 @@
 """Makes the next items in a thread while the device works on the present one."""
 
+import contextlib
 import queue
 import threading
 import weakref
@@ -71,8 +72,9 @@ def _work(get, start: int, items: queue.Queue, stop: threading.Event) -> None:
 def _finish(items: queue.Queue, stop: threading.Event, thread: threading.Thread) -> None:
   stop.set()
   while thread.is_alive():
-    try:
+    with contextlib.suppress(queue.Empty):
       while True:
         items.get_nowait()  # Room for what the thread may be waiting to put.
-    except queue.Empty:
-      thread.join(timeout=.05)
+    if thread is threading.current_thread():  # The garbage collector may run anywhere.
+      return
+    thread.join(timeout=.05)

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import json
 import os
+import pathlib
 import pkgutil
 import sys
 import traceback
@@ -33,17 +34,22 @@ def main(argv: list[str]) -> int:
   os.dup2(2, 1)  # Whatever libraries print must not mix with the answer.
   try:
     answer = build(**json.loads(argv[0]))
-  except ValueError as error:
-    answer = {'error': str(error)}
-  except Exception as error:  # noqa: BLE001 Told in one line; the stack goes to standard error.
+  except Exception as error:  # Told in one line; the stack goes to standard error.
     traceback.print_exc()
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    answer = {'error': f'Tokenising failed: {type(error).__name__}: '
-                       f'{str(error).strip().splitlines()[0] if str(error) else ""} '
-                       f'({os.path.basename(place.filename)}, line {place.lineno}).'}
+    answer = {'error': _one_line(error)}
   answer_to.write(json.dumps(answer))
   answer_to.close()
   return int('error' in answer)
+
+
+def _one_line(error: Exception) -> str:
+  """Our own errors as they are, others with their place."""
+  place = traceback.extract_tb(error.__traceback__)[-1]
+  file = pathlib.Path(place.filename)
+  if isinstance(error, ValueError) and file.parent == pathlib.Path(__file__).parent:
+    return str(error)
+  message = (str(error).strip().splitlines() or [''])[0]
+  return f'Tokenising failed: {type(error).__name__}: {message} ({file.name}, line {place.lineno}).'
 
 
 def build(task: str, modules: list[str], split: str, vocabulary: Mapping[str, Any],

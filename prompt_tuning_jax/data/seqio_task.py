@@ -33,7 +33,6 @@ class SeqioTask:
     tfds_data_dir: where prepared TFDS data lies; default $TFDS_DATA_DIR or ~/tensorflow_datasets.
     train_split, eval_split: SeqIO's names; eval_split None evaluates nothing.
     max_examples: keeps the first so many of each split.
-    labels: the label texts, where examples list no `choices`.
   """
 
   name: str
@@ -42,7 +41,6 @@ class SeqioTask:
   train_split: str = 'train'
   eval_split: str | None = 'validation'
   max_examples: int | None = None
-  labels: tuple[str, ...] | None = None
 
   def __post_init__(self):
     if isinstance(self.modules, str):
@@ -100,7 +98,7 @@ class SeqioTask:
     declared = {}
     for path in sources:
       declared.update(_declared_datasets(path))
-    if self.name not in declared:
+    if self.name not in declared or '://' in folder:  # The builder looks into those.
       return folder
     check_prepared(declared[self.name], folder)
     return {name: hashlib.sha256(b''.join(path.read_bytes() for path in _infos(name, folder)))

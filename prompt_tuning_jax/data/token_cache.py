@@ -184,6 +184,9 @@ def open_or_build(task, split: str, vocabulary, lengths: Mapping[str, int],
   Raises:
     ValueError: the split is empty, the disk is full, or the task says so.
   """
+  if not all(int(lengths.get(feature, 0)) > 0 for feature in FEATURES):
+    raise ValueError("Task feature lengths must be like {'inputs': 128, 'targets': 8}, got "
+                     f'{dict(lengths)}.')
   what = {'format_version': FORMAT_VERSION, 'task': task.name, 'split': split,
           'key_parts': task.key_parts(split),
           'vocabulary': {'sha256': vocabulary.sha256, 'extra_ids': vocabulary.extra_ids},

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from prompt_tuning_jax import param_paths
@@ -39,8 +38,8 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
           activation_dtype: str = 'float32', parameter_dtype: str = 'float32', seed: int = 0,
           eval_batch_size: int | None = None, max_eval_examples: int | None = None,
           metric: str | None = None, patience: int = 0,
-          partitioner: Partitioner = Partitioner(), cache_dir: str | None = None
-          ) -> dict[str, Any]:
+          partitioner: Partitioner = Partitioner(), cache_dir: str | None = None,
+          config_text: str | None = None) -> dict[str, Any]:
   """Trains, evaluates and saves; resumes where MODEL_DIR left off.
 
   Args:
@@ -56,6 +55,7 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
     metric: the name of the metric, larger being better, that chooses the best and ends training
       early after `patience` evaluations without a better one. Default: the task's first; `loss`
       (smaller is better) where it has none.
+    config_text: kept as MODEL_DIR/config.gin.
 
   Returns:
     {'best_value', 'best_step', 'prompt' (path of the best), 'seconds'}.
@@ -64,57 +64,61 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
     ValueError: something that was given does not fit, or the loss diverged.
   """
   began = time.monotonic()
-  folder = pathlib.Path(model_dir).expanduser()
-  folder.mkdir(parents=True, exist_ok=True)
-
+  folder = _folder(model_dir, config_text)
   base = _base(initial_checkpoint_path, network, vocabulary, parameter_dtype, partitioner, seed)
   words = _vocabulary(base)
   config = dataclasses.replace(base.config, dropout_rate=dropout_rate, dtype=activation_dtype)
-  model = method.model(config)
-  virtual = method.virtual_tokens(config.vocab_size)
-  added = method.initial(jax.random.key(seed), base.params, words)
-  trainable, frozen = param_paths.split(param_paths.merge(added, base.params), method.trainable)
-  trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), trainable)
-  _report_size(trainable, frozen, base)
+  model, virtual = method.model(config), method.virtual_tokens(config.vocab_size)
+  trainable, frozen = _split(base, method.initial(jax.random.key(seed), base.params, words), method)
 
   lengths = dict(task_feature_lengths)
-  train_cache = token_cache.open_or_build(task, task.train_split, words, lengths, cache_dir)
-  source = batches.TrainBatches([train_cache], batch_size, seed, virtual,
+  open_split = lambda split: token_cache.open_or_build(task, split, words, lengths, cache_dir)
+  source = batches.TrainBatches([open_split(task.train_split)], batch_size, seed, virtual,
                                 process_index=jax.process_index(),
                                 process_count=jax.process_count())
   evaluator = None
   if eval_period and task.eval_split:
-    eval_cache = token_cache.open_or_build(task, task.eval_split, words, lengths, cache_dir)
     predictor = Predictor(model, words, virtual, eval_batch_size or 2 * batch_size,
                           lengths['targets'], partitioner)
-    evaluator = evaluate.Evaluator(predictor, eval_cache, metric, max_eval_examples)
+    evaluator = evaluate.Evaluator(predictor, open_split(task.eval_split), metric,
+                                   max_eval_examples)
+
+  def save(name: str, trained: PyTree, metric: dict[str, Any] | None = None) -> None:
+    about = {'task': task.name, 'labels': evaluator and evaluator.labels, 'metric': metric}
+    method.save(folder / 'prompts' / name, trained, base, about)
 
   states = TrainingStates(folder / 'checkpoints')
   state, records = _restore(states, train_state.create(trainable, optimizer), partitioner)
   progress = Progress(folder, train_steps, int(state.step))
-
-  def save(name: str, trained: PyTree, **metric: Any) -> None:
-    about = {'task': task.name, 'labels': evaluator and evaluator.labels, 'metric': metric or None}
-    method.save(folder / 'prompts' / name, trained, base, about)
-
-  def save_best(trained, step, value):
-    save('best', trained, name=evaluator.metric, value=value, step=step)
-
-  evaluate_now = evaluator and (lambda trained: evaluator(param_paths.merge(trained, frozen)))
   feed = prefetch.prefetch(lambda step: partitioner.put_batch(source.batch_at(step)),
                            start=int(state.step))
-  step = make_train_step(model, optimizer, seed, z_loss, label_smoothing)
-  schedule = loop.Schedule(train_steps, eval_period, save_period, log_period, patience)
   try:
-    loop.train(state, frozen, feed, step, evaluate_now, save_best,
-               lambda trained, at: save('last', trained), states, progress, records,
-               schedule, task.name, batch_size)
+    loop.train(
+        state, frozen, feed, make_train_step(model, optimizer, seed, z_loss, label_smoothing),
+        evaluate=evaluator and (lambda trained: evaluator(param_paths.merge(trained, frozen))),
+        save_best=lambda trained, step, value: save(
+            'best', trained, {'name': evaluator.metric, 'value': abs(value), 'step': step}),
+        save_last=lambda trained, step: save('last', trained),
+        states=states, progress=progress, records=records,
+        schedule=loop.Schedule(train_steps, eval_period, save_period, log_period, patience),
+        task=task.name, batch_size=batch_size)
   finally:
     feed.close()
     states.close()
     progress.plot()
     progress.close()
   return _summary(folder, records, evaluator, began)
+
+
+def _folder(model_dir: str, config_text: str | None) -> pathlib.Path:
+  folder = pathlib.Path(model_dir).expanduser()
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    if config_text is not None:
+      (folder / 'config.gin').write_text(config_text, encoding='utf-8')
+  except OSError as error:
+    raise ValueError(f'Cannot write to MODEL_DIR {folder}: {error.strerror}.') from error
+  return folder
 
 
 def _base(path: str | None, network: t5.T5Config | None, vocabulary: str | None, dtype: str,
@@ -137,10 +141,14 @@ def _vocabulary(base: Base) -> Vocabulary:
   return Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
 
 
-def _report_size(trainable: PyTree, frozen: PyTree, base: Base) -> None:
+def _split(base: Base, added: PyTree, method: Any) -> tuple[PyTree, PyTree]:
+  """(what trains, in float32; what is frozen)."""
+  trainable, frozen = param_paths.split(param_paths.merge(added, base.params), method.trainable)
   some, rest = param_paths.count(trainable), param_paths.count(frozen)
   logger.info('Training %s parameters, %.5f %% of %s (%s frozen).', f'{some:,}',
               100 * some / (some + rest), base.name, f'{rest:,}')
+  # A copy: training donates these buffers.
+  return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), trainable), frozen
 
 
 def _restore(states: TrainingStates, state, partitioner: Partitioner):
@@ -158,10 +166,10 @@ def _summary(folder: pathlib.Path, records: loop.Records, evaluator, began: floa
   best = sorted(prompts.glob('best*')) or sorted(prompts.glob('last*'))
   result = {'best_value': records.best_value, 'best_step': records.best_step,
             'prompt': str(best[0]), 'seconds': time.monotonic() - began}
-  if records.best_value is not None:
+  if evaluator and records.best_value is not None:
     majority = evaluator.majority()
     against = '' if majority is None else f' (the majority class alone: {majority:.4g})'
-    logger.info('Best %s %.4g at step %d%s.', evaluator.metric, np.abs(records.best_value),
+    logger.info('Best %s %.4g at step %d%s.', evaluator.metric, abs(records.best_value),
                 records.best_step, against)
   logger.info('Done in %.0f s. The trained prompt: %s', result['seconds'], result['prompt'])
   return result

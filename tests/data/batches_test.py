@@ -234,6 +234,7 @@ def test_texts_in_no_cache_make_the_same_batch():
     np.testing.assert_array_equal(batch[key], expected[key])
 
 
+@pytest.mark.slow
 def test_batches_are_those_of_seqio():
   seqio = pytest.importorskip('seqio')
   tf = pytest.importorskip('tensorflow')

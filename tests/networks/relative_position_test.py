@@ -9,7 +9,7 @@ import pytest
 
 from prompt_tuning_jax.networks import relative_position
 
-SIZES = [(32, 128), (32, 20), (8, 20), (4, 8), (64, 256), (6, 128)]
+SIZES = [(32, 128), (8, 20), (4, 8), (64, 256)]
 DISTANCES = np.arange(-700, 701, dtype=np.int32)[None]
 
 

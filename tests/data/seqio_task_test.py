@@ -1,0 +1,201 @@
+"""SeqIO tasks become token caches; what is wrong is told in one line."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from prompt_tuning_jax.data import seqio_builder, seqio_task, token_cache
+from prompt_tuning_jax.data.seqio_task import SeqioTask
+from prompt_tuning_jax.data.vocabulary import Vocabulary
+
+BYTES = Vocabulary('bytes')
+LENGTHS = {'inputs': 12, 'targets': 4}
+MODULE = """
+import functools
+import seqio
+import tensorflow as tf
+from prompt_tuning_jax.tasks import metrics
+from prompt_tuning_jax.tasks.postprocessors import label_to_class_id
+
+FEATURES = {key: seqio.Feature(seqio.ByteVocabulary(1), add_eos=True)
+            for key in ('inputs', 'targets')}
+
+def source(split, shuffle_files, seed=None, *, name, count):
+  print('noise on standard output')
+  return tf.data.Dataset.from_tensor_slices({
+      'inputs': [f'{name} ' + 'x' * i for i in range(count)],
+      'targets': [('no', 'yes')[i % 2] for i in range(count)],
+      'answers': [['a', str(i)] for i in range(count)]})
+
+def broken(dataset):
+  raise RuntimeError('this preprocessor is broken')
+
+def add(name, count, metric_fns=(metrics.accuracy,), first=(), labels=('no', 'yes'), eos=True,
+        features=FEATURES):
+  seqio.TaskRegistry.add(
+      name, source=seqio.FunctionDataSource(functools.partial(source, name=name, count=count),
+                                            splits=('train', 'validation')),
+      preprocessors=[*first, seqio.preprocessors.tokenize,
+                     *([seqio.preprocessors.append_eos_after_trim] if eos else [])],
+      output_features=features, metric_fns=list(metric_fns),
+      postprocess_fn=functools.partial(label_to_class_id, label_classes=list(labels)))
+
+add('many', 12)
+add('few', 3)
+add('plain', 3, metric_fns=())
+add('eos_by_us', 12, eos=False)
+add('broken', 3, first=(broken,))
+add('nameless', 3, metric_fns=(lambda targets, predictions: {},))
+seqio.MixtureRegistry.add('even', [('many', 1), ('few', 1)])
+seqio.MixtureRegistry.add('unlike', [('many', 1), ('plain', 1)])
+seqio.MixtureRegistry.add('lopsided', [('many', 1e-4), ('few', 1)])
+"""
+
+
+@pytest.fixture(scope='module', autouse=True)
+def task_module(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('modules')
+  (folder / 'tasks_for_this_test.py').write_text(MODULE)
+  sys.path.insert(0, str(folder))
+  yield 'tasks_for_this_test'
+  sys.path.remove(str(folder))
+
+
+def build(folder, name, split='train', max_examples=None, **kwargs):
+  arguments = {'vocabulary': {'file': 'bytes', 'extra_ids': 100}, 'lengths': LENGTHS, **kwargs}
+  seqio_builder.build(name, ['tasks_for_this_test'], split, folder=str(folder),
+                      max_examples=max_examples, **arguments)
+  return token_cache.open_cache(folder)
+
+
+def test_another_process_builds_the_cache(tmp_path):
+  task = SeqioTask('many', modules='tasks_for_this_test')
+  cache = token_cache.open_or_build(task, 'train', BYTES, LENGTHS, tmp_path)
+  direct = build(tmp_path / 'direct', 'many')
+  assert cache.rows == direct.rows and cache.num_examples == 12
+  assert cache.input_tokens.tolist() == direct.input_tokens.tolist()
+  assert cache.meta['metrics'] == ['prompt_tuning_jax.tasks.metrics:accuracy']
+  built = list(tmp_path.glob('many-*'))
+  token_cache.open_or_build(task, 'train', BYTES, LENGTHS, tmp_path)
+  assert list(tmp_path.glob('many-*')) == built
+
+
+def test_rows_tokens_and_cuts(tmp_path):
+  cache = build(tmp_path / 'cache', 'many')
+  assert cache.row(3) == {'inputs': 'many xxx', 'targets': 'yes', 'target': 1,
+                          'example': {'answers': ['a', '3']}}
+  assert cache.inputs(3).tolist() == BYTES.encode('many xxx') + [1]
+  assert cache.targets(3).tolist() == BYTES.encode('yes') + [1]
+  # 'many ' and six letters with EOS are 12 bytes, which just fit.
+  assert cache.input_lengths.tolist() == [6, 7, 8, 9, 10, 11, 12, 12, 12, 12, 12, 12]
+  assert cache.meta['num_cut'] == {'inputs': 5, 'targets': 0}
+  assert all(cache.inputs(i)[-1] == 1 for i in range(12))
+  assert cache.postprocess('yes', cache.row(0)) == 1
+
+
+def test_eos_is_ours_to_keep(tmp_path):
+  with_theirs, with_ours = (build(tmp_path / name, name) for name in ('many', 'eos_by_us'))
+  assert with_theirs.target_tokens.tolist() == with_ours.target_tokens.tolist()
+  assert all(with_ours.inputs(i)[-1] == 1 and len(with_ours.inputs(i)) <= 12 for i in range(12))
+
+
+def test_no_metrics_no_rows_and_the_first_examples(tmp_path):
+  cache = build(tmp_path / 'cache', 'plain', max_examples=2)
+  assert cache.rows == [] and cache.num_examples == 2 and cache.meta['metrics'] == []
+
+
+def test_mixture_shows_tasks_at_their_rates(tmp_path):
+  cache = build(tmp_path / 'even', 'even')
+  names = [row['inputs'].split()[0] for row in cache.rows]
+  assert names.count('many') == names.count('few') == 12
+  assert len({row['inputs'] for row in cache.rows}) == 15
+  assert set(names[:4]) == {'many', 'few'}
+  assert cache.meta['tasks'] == ['few', 'many'] and len(cache.meta['metrics']) == 1
+  again = build(tmp_path / 'again', 'even', max_examples=6)
+  assert again.num_examples == 6
+
+
+def test_mixture_of_unlike_tasks_only_trains(tmp_path):
+  cache = build(tmp_path / 'unlike', 'unlike')
+  assert cache.rows == [] and cache.meta['metrics'] == [] and cache.num_examples == 24
+
+
+@pytest.mark.parametrize('name,words', [
+    ('many_', 'no task or mixture'), ('lopsided', 'max_examples'), ('nameless', 'found by name')])
+def test_errors_of_tasks(tmp_path, name, words):
+  with pytest.raises(ValueError, match=words):
+    build(tmp_path / 'cache', name)
+
+
+def test_unknown_split(tmp_path):
+  with pytest.raises(ValueError, match="no split 'test', but train, validation"):
+    build(tmp_path / 'cache', 'many', split='test')
+
+
+def test_an_error_in_the_other_process_is_one_line_here(tmp_path):
+  task = SeqioTask('broken', modules=('tasks_for_this_test',))
+  with pytest.raises(ValueError) as error:
+    token_cache.open_or_build(task, 'train', BYTES, LENGTHS, tmp_path)
+  assert 'RuntimeError: this preprocessor is broken (tasks_for_this_test.py' in str(error.value)
+  assert '\n' not in str(error.value)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_dies_is_told(tmp_path, monkeypatch):
+  monkeypatch.setattr(seqio_task, 'BUILDER', 'prompt_tuning_jax.types')  # Does not answer.
+  with pytest.raises(ValueError, match='ended with status 0'):
+    SeqioTask('many', modules=('tasks_for_this_test',)).build('train', BYTES, LENGTHS, tmp_path)
+
+
+def test_missing_data_is_told_at_once(tmp_path):
+  task = SeqioTask('sst2', tfds_data_dir=str(tmp_path / 'nothing'))
+  start = time.monotonic()
+  with pytest.raises(ValueError) as error:
+    token_cache.open_or_build(task, 'train', BYTES, LENGTHS, tmp_path)
+  assert time.monotonic() - start < 1
+  for words in ('glue/sst2:2.0.0', str(tmp_path / 'nothing'), 'TFDS_DATA_DIR', 'tfds build'):
+    assert words in str(error.value)
+  with pytest.raises(ValueError, match='local_text/novels'):
+    SeqioTask('prefix_lm_novels', tfds_data_dir=str(tmp_path)).key_parts('train')
+
+
+def test_prepared_versions(tmp_path):
+  (tmp_path / 'glue' / 'sst2' / '2.0.0').mkdir(parents=True)
+  (tmp_path / 'glue' / 'sst2' / '2.0.0' / 'dataset_info.json').write_text('{}')
+  seqio_task.check_prepared(['glue/sst2:2.0.0', 'glue/sst2:2.*.*', 'glue/sst2'], str(tmp_path))
+  with pytest.raises(ValueError, match='glue/sst2:1.0.0'):
+    seqio_task.check_prepared(['glue/sst2:1.0.0'], str(tmp_path))
+
+
+def test_key_follows_code_and_data(tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(str(tmp_path))
+  (tmp_path / 'a_task_file.py').write_text("TFDS_DATASETS = {'t': ['d/c:1.0.0']}\n")
+  info = tmp_path / 'data' / 'd' / 'c' / '1.0.0' / 'dataset_info.json'
+  info.parent.mkdir(parents=True)
+  info.write_text('one')
+  task = SeqioTask('t', modules=('a_task_file',), tfds_data_dir=str(tmp_path / 'data'))
+  keys = [task.key_parts('train')]
+  info.write_text('two')
+  keys.append(task.key_parts('train'))
+  (tmp_path / 'a_task_file.py').write_text("TFDS_DATASETS = {'t': ['d/c:1.0.0']}  # new\n")
+  keys.append(task.key_parts('train'))
+  assert keys[0] != keys[1] != keys[2]
+  (tmp_path / 'data').rename(tmp_path / 'moved')
+  moved = SeqioTask('t', modules=('a_task_file',), tfds_data_dir=str(tmp_path / 'moved'))
+  assert moved.key_parts('train') == keys[2]
+
+
+def test_wrong_arguments():
+  with pytest.raises(ValueError, match="no task module 'absent.module'"):
+    SeqioTask('t', modules=('absent.module',)).key_parts('train')
+  with pytest.raises(ValueError, match='max_examples'):
+    SeqioTask('t', max_examples=0)
+
+
+def test_no_tensorflow():
+  code = ('import sys; from prompt_tuning_jax.data.seqio_task import SeqioTask; '
+          "SeqioTask('quick_start').key_parts('train'); "
+          "sys.exit(any(m in sys.modules for m in ('tensorflow', 'seqio', 'jax')))")
+  assert subprocess.run([sys.executable, '-c', code]).returncode == 0

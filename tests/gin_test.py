@@ -1,0 +1,199 @@
+"""Our gin files: all parse, axes do not touch, any order gives the same run, sizes are public."""
+
+import itertools
+import math
+import pathlib
+import re
+
+import pytest
+
+from prompt_tuning_jax import launch
+from prompt_tuning_jax.networks import t5
+from prompt_tuning_jax.prompts import initializers
+from prompt_tuning_jax.training import methods, run
+
+GIN = pathlib.Path(__file__).resolve().parent.parent / 'gin'
+FILES = sorted(path.relative_to(GIN).as_posix() for path in GIN.rglob('*.gin'))
+NETWORKS = [name for name in FILES if name.startswith('network/')]
+PROMPTS = [name for name in FILES if name.startswith('prompt/')]
+RUNS = [name for name in FILES if name.startswith('run/')]
+
+# Hugging Face's own counts (num_parameters) for the published checkpoints, biases shared.
+PARAMETERS = {
+    't5_1_0_small': 60_506_624, 't5_1_0_base': 222_903_552, 't5_1_0_large': 737_668_096,
+    't5_1_0_3b': 2_851_598_336, 't5_1_0_11b': 11_307_321_344,
+    't5_1_1_small': 76_961_152, 't5_1_1_base': 247_577_856, 't5_1_1_large': 783_150_080,
+    't5_1_1_xl': 2_849_757_184, 't5_1_1_xxl': 11_135_332_352,
+    'mt5_small': 300_176_768, 'mt5_base': 582_401_280, 'mt5_large': 1_229_581_312,
+    'mt5_xl': 3_742_619_648, 'mt5_xxl': 12_921_057_280,
+    'byt5_small': 299_637_760, 'byt5_base': 581_653_248,
+}
+
+
+@pytest.fixture
+def values(tmp_path) -> dict[str, str]:
+  """What must be given, under every name that any of our files asks for."""
+  (tmp_path / 'train.tsv').write_text('text\tlabel\na\tx\nb\ty\n')
+  return {'MODEL_DIR': str(tmp_path), 'INITIAL_CHECKPOINT_PATH': 'mini',
+          'MIXTURE_OR_TASK_NAME': 'sst2', 'TRAIN_FILE': str(tmp_path / 'train.tsv'),
+          'CLASS_LABELS': "['no', 'yes']", 'PROMPT_TEXT': 'a film review', 'VOCABULARY': 'v.model',
+          'INITIAL_PROMPT_PATH': 'p.npy'}
+
+
+def _count(config: t5.T5Config) -> int:
+  """Parameters of a network, by arithmetic: to trace a deep one takes long."""
+  attention = 4 * config.emb_dim * config.num_heads * config.head_dim
+  mlp = (len(config.mlp_activations) + 1) * config.emb_dim * config.mlp_dim
+  encoder = config.num_encoder_layers * (attention + mlp + 2 * config.emb_dim)
+  decoder = config.num_decoder_layers * (2 * attention + mlp + 3 * config.emb_dim)
+  tables = (1 if config.logits_via_embedding else 2) * config.vocab_size * config.emb_dim
+  biases = 2 * config.relative_attention_num_buckets * config.num_heads
+  return encoder + decoder + 2 * config.emb_dim + tables + biases
+
+
+def _read(files, bindings=()):
+  flags = launch.parse_flags([*(f'--gin_file={name}' for name in files), *bindings])
+  paths = launch.find_files(flags.gin_file, flags.gin_search_paths)
+  launch.read_config(paths, flags.gin_bindings, run.train)
+  return launch.resolve(run.train, config_text=None)
+
+
+def _read_given(files, values):
+  """Reads with those of `values` that are asked for, and nothing else."""
+  bindings = []
+  try:
+    return _read(files)
+  except ValueError as error:
+    assert str(error).startswith('Not set: '), error
+    for name in re.findall(r'(\w+) \(add --gin', str(error)):
+      bindings.append(f'--gin.{name}={values[name]}')
+  return _read(files, bindings)
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_every_file_parses(name):
+  import gin
+  launch.find_files([])
+  gin.clear_config()
+  gin.parse_config_file(name)
+  assert launch.find_files([name]) == [GIN / name]
+
+
+@pytest.mark.parametrize('name', RUNS)
+def test_every_run_round_trips(name, values, tmp_path):
+  arguments, text = _read_given([name], values)
+  (tmp_path / 'config.gin').write_text(text)
+  again, text_again = _read([str(tmp_path / 'config.gin')])
+  assert text_again == text
+  differ = [key for key in arguments if key != 'optimizer' and again[key] != arguments[key]]
+  assert not differ
+
+
+@pytest.mark.parametrize('name', PROMPTS)
+def test_every_prompt_file_replaces_the_start_of_any_prompt_run(name, values):
+  if name == 'prompt/from_file.gin':
+    pytest.skip('reads its file at once: see training/methods_test.py')
+  for base in ('run/prompt_tuning.gin', 'run/prompt_tuning_text_file.gin'):
+    method = _read_given([name, base], values)[0]['method']
+    assert isinstance(method, methods.PromptTuning)
+    assert type(method.initializer).__module__ == initializers.__name__
+
+
+def test_any_order_gives_the_same_run(values):
+  files = ['run/prompt_tuning.gin', 'network/t5_1_1_small.gin', 'prompt/text.gin',
+           'method/prompt_tuning.gin', 'task/text_file.gin']
+  texts = {_read_given(order, values)[1] for order in itertools.permutations(files)}
+  assert len(texts) == 1
+  text = texts.pop()
+  for part in ('t5.T5Config.emb_dim = 512', '@initializers.Text()', '@text_file.TextFile()'):
+    assert part in text
+  assert 'MIXTURE_OR_TASK_NAME' not in text and 'SampledVocabulary' not in text
+
+
+def _names(path: pathlib.Path) -> set[str]:
+  """Everything a file binds itself: macros, and arguments as module.name.argument."""
+  names, block = set(), ''
+  for line in path.read_text(encoding='utf-8').splitlines():
+    if match := re.match(r'([\w.]+):$', line):
+      block = match[1]
+    elif match := re.match(r'( *)([\w.]+) = ', line):
+      names.add(f'{block}.{match[2]}' if match[1] else match[2])
+  return names
+
+
+def test_every_name_has_one_axis_and_runs_bind_what_they_include():
+  owners = {}
+  for name in FILES:
+    for bound in _names(GIN / name):
+      owners.setdefault(bound, set()).add(name.split('/')[0])
+  shared = {bound: axes for bound, axes in owners.items() if len(axes - {'run'}) > 1}
+  assert not shared
+  # A macro of an axis and of a run would have two defaults, and which one wins would be a riddle.
+  assert not [bound for bound, axes in owners.items() if bound.isupper() and len(axes) > 1]
+
+
+def test_files_of_one_axis_bind_the_same():
+  for axis in ('network', 'method'):
+    bound = [{name for name in _names(path) if not name.startswith('methods.PromptTuning')}
+             for path in (GIN / axis).glob('*.gin')]
+    assert all(names == bound[0] for names in bound), axis
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_networks_have_their_public_sizes(name):
+  config = launch.network_named(pathlib.Path(name).stem)
+  assert isinstance(config, t5.T5Config)
+  assert _count(config) == PARAMETERS.get(pathlib.Path(name).stem, _count(config))
+
+
+@pytest.mark.parametrize('name', ['t5_1_0_small', 'mini', 'tiny'])
+def test_our_network_has_as_many_parameters(name):
+  config = launch.network_named(name)
+  shapes = [spec.shape for spec in t5.parameter_specs(config).values()]
+  assert sum(map(math.prod, shapes)) == _count(config)
+
+
+def test_a_misspelt_network_is_told():
+  with pytest.raises(ValueError, match=r'no network t5_1_1_bas\. Did you mean t5_1_1_base\?'):
+    launch.network_named('t5_1_1_bas')
+
+
+def test_prompt_tuning_has_the_papers_settings(values):
+  arguments, text = _read_given(['run/prompt_tuning.gin'], values)
+  assert arguments['method'] == methods.PromptTuning(100, 'before',
+                                                     initializers.SampledVocabulary(5000))
+  expected = {'train_steps': 30000, 'batch_size': 32, 'dropout_rate': 0.1, 'z_loss': 1e-4}
+  assert {key: arguments[key] for key in expected} == expected
+  for line in ('learning_rate = 0.3', 'decay_rate = 0.8', 'weight_decay_rate = 1e-05',
+               'multiply_by_parameter_scale = False', 'clipping_threshold = 1.0'):
+    assert f'optimizers.adafactor.{line}\n' in text
+
+
+def test_model_tuning_asks_for_nothing_of_prompts(values):
+  arguments, text = _read_given(['method/model_tuning.gin', 'run/prompt_tuning.gin'], values)
+  assert arguments['method'] == methods.ModelTuning()
+  assert 'PROMPT_LENGTH' not in text and 'learning_rate = 0.001\n' in text
+  with pytest.raises(ValueError, match='Nothing in this configuration uses PROMPT_LENGTH'):
+    _read(['method/model_tuning.gin', 'run/prompt_tuning.gin'], ['--gin.PROMPT_LENGTH=5'])
+
+
+@pytest.mark.parametrize('binding, parts', [
+    ('--gin.TRIAN_STEPS=5', 'uses TRIAN_STEPS. Did you mean TRAIN_STEPS?'),
+    ('--gin.run.train.batchsize=5', 'no argument batchsize. Did you mean batch_size?'),
+    ('--gin.run.trian.batch_size=5', 'no run.trian. Did you mean run.train?'),
+    ('--gin.methods.PromptTunning.length=5', 'Did you mean methods.PromptTuning?'),
+    ('--gin.adafactor.learning_rat=5', 'Did you mean learning_rate?'),
+])
+def test_misspelt_names_are_told(binding, parts):
+  with pytest.raises(ValueError) as caught:
+    _read(['run/quick_start.gin'], ['--gin.MODEL_DIR=m', binding])
+  assert parts in str(caught.value)
+
+
+def test_what_is_missing_is_told():
+  with pytest.raises(ValueError, match=r'Not set: MODEL_DIR \(add --gin.MODEL_DIR=VALUE\)'):
+    _read(['run/quick_start.gin'])
+  with pytest.raises(ValueError, match=r'run\.train\.task \(add a file such as --gin_file='):
+    _read([])
+  with pytest.raises(ValueError, match='Two files of one kind: run/'):
+    _read(['run/quick_start.gin', 'run/prompt_tuning.gin'])

@@ -1,0 +1,209 @@
+"""A whole run on a tiny base: its files, resuming, and every way of using the prompt."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from prompt_tuning_jax import eval as eval_verb
+from prompt_tuning_jax import infer, optimizers, param_paths, score
+from prompt_tuning_jax.checkpoints import base_checkpoint, hf_safetensors, prompt_file
+from prompt_tuning_jax.data.text_file import TextFile
+from prompt_tuning_jax.training import methods, run
+
+pytestmark = pytest.mark.usefixtures('token_dir')
+
+
+def trained(folder, base, reviews, steps=12, method=None, **settings):
+  method = method or methods.PromptTuning(length=4)
+  rate = 0.3 if isinstance(method, methods.PromptTuning) else 0.01
+  return run.train(
+      TextFile(str(reviews)), {'inputs': 24, 'targets': 8}, str(folder), str(base), method,
+      optimizers.adafactor(rate), **{'train_steps': steps, 'batch_size': 8, 'eval_period': 4,
+                                     'save_period': 4, 'log_period': 2, **settings})
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory, tiny_base, reviews):
+  """(MODEL_DIR of an uninterrupted run of 12 steps, what it returned)."""
+  folder = tmp_path_factory.mktemp('run') / 'model'
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('PROMPT_TUNING_JAX_CACHE', str(folder.parent / 'cache'))
+    return folder, trained(folder, tiny_base, reviews)
+
+
+def test_a_run_leaves_what_it_promises(finished, tiny_base, reviews):
+  folder, result = finished
+  assert {path.name.split('.')[0] for path in folder.iterdir()} >= {
+      'prompts', 'metrics', 'events', 'curves', 'checkpoints'}
+  assert result['prompt'] == str(folder / 'prompts' / 'best.safetensors')
+  best = prompt_file.load(result['prompt'])
+  assert best.params['prompt/embedding'].shape == (4, 8)
+  base = base_checkpoint.load_base(str(tiny_base))
+  prompt_file.check(best, base)
+  about = best.metadata
+  assert about['base']['fingerprint'] == base.fingerprint
+  assert (about['method'], about['placement'], about['task']) == (
+      'prompt_tuning', 'before', 'reviews')
+  assert sorted(about['labels']) == ['bad', 'good']
+  assert about['metric'] == {'name': 'accuracy', 'value': result['best_value'],
+                             'step': result['best_step']}
+  size = sum(path.stat().st_size for path in (folder / 'prompts').iterdir())
+  assert size < 8_000
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    finished, tmp_path, tiny_base, reviews):
+  folder, _ = finished
+  for steps in (5, 12):  # 5 is no multiple of any period
+    trained(tmp_path / 'model', tiny_base, reviews, steps)
+  for name in ('best', 'last'):
+    one, other = (prompt_file.load(path / 'prompts' / f'{name}.safetensors')
+                  for path in (folder, tmp_path / 'model'))
+    np.testing.assert_array_equal(one.params['prompt/embedding'], other.params['prompt/embedding'])
+  lines = lambda path: [json.loads(line) for line in (path / 'metrics.jsonl').open()]
+  losses = lambda path: {line['step']: line['loss'] for line in lines(path)
+                         if line['split'] == 'train'}
+  both = losses(folder).keys() & losses(tmp_path / 'model').keys()
+  assert both >= {2, 4, 8, 10, 12}
+  assert all(losses(folder)[step] == losses(tmp_path / 'model')[step] for step in both - {6})
+
+
+def test_another_optimizer_in_the_same_folder_is_refused(tmp_path, tiny_base, reviews):
+  trained(tmp_path, tiny_base, reviews, 2)
+  with pytest.raises(ValueError, match='cannot be resumed'):
+    trained(tmp_path, tiny_base, reviews, 4, method=methods.PromptTuning(length=5))
+
+
+def test_model_tuning_saves_a_base(tmp_path, tiny_base, reviews):
+  before = base_checkpoint.load_base(str(tiny_base))
+  result = trained(tmp_path, tiny_base, reviews, 4, method=methods.ModelTuning())
+  after = base_checkpoint.load_base(result['prompt'])
+  assert after.fingerprint != before.fingerprint
+  assert after.vocabulary.sha256 == before.vocabulary.sha256
+  assert hf_safetensors.is_folder(tmp_path / 'prompts' / 'last')
+
+
+def test_a_run_from_random_weights_needs_network_and_vocabulary(tmp_path, tiny_base, reviews):
+  base = base_checkpoint.load_base(str(tiny_base))
+  with pytest.raises(ValueError, match='VOCABULARY'):
+    run.train(TextFile(str(reviews)), {'inputs': 24, 'targets': 8}, str(tmp_path), None,
+              methods.ModelTuning(), optimizers.adamw(), 2, 8, network=base.config)
+  result = run.train(TextFile(str(reviews)), {'inputs': 24, 'targets': 8}, str(tmp_path), None,
+                     methods.ModelTuning(), optimizers.adamw(), 2, 8, network=base.config,
+                     vocabulary=base.vocabulary.file)
+  loaded = base_checkpoint.load_base(result['prompt'])
+  assert param_paths.count(loaded.params) == param_paths.count(base.params)
+
+
+def write(path, rows):
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows), encoding='utf-8')
+  return str(path)
+
+
+def read(path):
+  return [json.loads(line) for line in open(path, encoding='utf-8')]
+
+
+def test_infer_and_score_agree_with_each_other_and_take_ids_or_text(finished, tmp_path, tiny_base):
+  folder, _ = finished
+  base = ['--base', str(tiny_base), '--prompt', str(folder / 'prompts' / 'best.safetensors')]
+  vocabulary = base_checkpoint.load_base(str(tiny_base)).vocabulary
+  from prompt_tuning_jax.data.vocabulary import Vocabulary
+  encode = lambda text: [*Vocabulary(vocabulary.file).encode(text), 1]
+  texts = [f'this film is {word}' for word in ('lovely', 'dull', 'very cold and dull')]
+  rows = [{'inputs': text, 'targets': label, 'id': i} for i, (text, label) in enumerate(
+      (text, label) for text in texts for label in ('good', 'bad'))]
+  ids = [{'input_tokens': encode(row['inputs']), 'target_tokens': encode(row['targets'])}
+         for row in rows]
+  outputs = []
+  for name, content in (('text', rows), ('ids', ids)):
+    source, target = write(tmp_path / f'{name}.jsonl', content), str(tmp_path / f'{name}.out')
+    assert score.main([*base, '--input', source, '--output', target]) == 0
+    outputs.append(read(target))
+  assert [row['id'] for row in outputs[0]] == list(range(6))
+  np.testing.assert_allclose([row['log_likelihood'] for row in outputs[0]],
+                             [row['log_likelihood'] for row in outputs[1]], rtol=1e-6)
+  assert all(row['log_likelihood'] < 0 for row in outputs[0])
+  target = str(tmp_path / 'predictions.jsonl')
+  assert infer.main([*base, '--input', str(tmp_path / 'text.jsonl'), '--output', target,
+                     '--max_decode_length', '6']) == 0
+  assert all(isinstance(row['prediction'], str) for row in read(target))
+
+
+def test_eval_gives_the_accuracy_that_training_saw(finished, tmp_path, tiny_base, reviews, capsys):
+  """The file is the run's own held-out rows, so both count the same predictions."""
+  folder, result = finished
+  cache = next((folder.parent / 'cache' / 'tokens').glob('reviews-validation-*'))
+  held_out = [{'inputs': row['inputs'], 'targets': row['targets']}
+              for row in read(cache / 'rows.jsonl')]
+  source = write(tmp_path / 'held_out.jsonl', held_out)
+  assert eval_verb.main(['--base', str(tiny_base), '--prompt', result['prompt'], '--input', source,
+                         '--output', str(tmp_path / 'answers.jsonl')]) == 0
+  values = json.loads(capsys.readouterr().out.splitlines()[-1])
+  assert values['accuracy'] == pytest.approx(result['best_value'])
+  answers = read(tmp_path / 'answers.jsonl')
+  assert 100 * np.mean([row['prediction'] == row['targets'] for row in answers]) == pytest.approx(
+      values['accuracy'])
+
+
+@pytest.mark.parametrize('row, message', [
+    ('{"inputs": 3}', r'rows.jsonl:1: expected text in "inputs"'),
+    ('[1]', r'rows.jsonl:1: expected a JSON object'),
+    ('{"inputs": ', r'rows.jsonl:1: not JSON'),
+    ('{"input_tokens": [5, 99999]}', r'rows.jsonl:1: input_tokens should be'),
+    ('', 'has no rows')])
+def test_a_bad_row_is_one_line_and_nothing_is_written(tmp_path, tiny_base, capsys, row, message):
+  (tmp_path / 'rows.jsonl').write_text(row + '\n', encoding='utf-8')
+  output = tmp_path / 'out.jsonl'
+  status = infer.main(['--base', str(tiny_base), '--input', str(tmp_path / 'rows.jsonl'),
+                       '--output', str(output)])
+  said = capsys.readouterr().err.strip()
+  assert status == 1 and len(said.splitlines()) == 1
+  assert pytest.importorskip('re').search(message, said)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['rows.jsonl']
+
+
+def test_a_prompt_of_another_base_is_refused(finished, tmp_path, tiny_base, capsys):
+  folder, _ = finished
+  base = base_checkpoint.load_base(str(tiny_base))
+  other = jax.tree.map(lambda leaf: leaf + 1, base.params)
+  hf_safetensors.write(tmp_path / 'other', base.config, other, vocabulary=base.vocabulary)
+  source = write(tmp_path / 'rows.jsonl', [{'inputs': 'a film'}])
+  assert infer.main(['--base', str(tmp_path / 'other'), '--input', source, '--output',
+                     str(tmp_path / 'out.jsonl'), '--prompt',
+                     str(folder / 'prompts' / 'best.safetensors')]) == 1
+  assert 'fingerprint' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_command_resumes_to_the_same_prompt(finished, tmp_path, tiny_base, reviews):
+  """SIGTERM in the middle of `python -m prompt_tuning_jax.train`, then the same command again."""
+  command = [sys.executable, '-m', 'prompt_tuning_jax.train',
+             '--gin_file=run/prompt_tuning_text_file.gin', f'--gin.MODEL_DIR={tmp_path / "model"}',
+             f'--gin.INITIAL_CHECKPOINT_PATH={tiny_base}', f'--gin.TRAIN_FILE={reviews}',
+             '--gin.PROMPT_LENGTH=4', '--gin.TRAIN_STEPS=3000', '--gin.BATCH_SIZE=8',
+             '--gin.EVAL_PERIOD=1000', '--gin.SAVE_PERIOD=500', '--gin.run.train.log_period=20',
+             "--gin.TASK_FEATURE_LENGTHS={'inputs': 24, 'targets': 8}"]
+  process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
+  for line in process.stderr:
+    if line.startswith('step'):
+      process.send_signal(signal.SIGTERM)
+      break
+  rest = process.stderr.read()
+  assert process.wait() == 0, rest
+  assert 'Stopped by a signal' in rest
+  command[3:3] = []
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  assert 'Resuming at step' in done.stderr
+  again = [arg.replace(str(tmp_path / 'model'), str(tmp_path / 'other')) for arg in command]
+  subprocess.run(again, capture_output=True, text=True, check=True)
+  one, other = (prompt_file.load(tmp_path / name / 'prompts' / 'last.safetensors')
+                for name in ('model', 'other'))
+  np.testing.assert_array_equal(one.params['prompt/embedding'], other.params['prompt/embedding'])
