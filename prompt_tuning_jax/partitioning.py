@@ -1,6 +1,7 @@
 """The device mesh, and which mesh axis each logical axis is split over."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -29,7 +30,7 @@ class Partitioner:
   model_parallelism: int = 1
   rules: tuple[tuple[str, str], ...] = STANDARD_RULES
 
-  @property
+  @functools.cached_property
   def mesh(self) -> Mesh:
     devices = jax.device_count()
     if devices % self.model_parallelism:

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import socket
 import subprocess
 import sys
 import time
@@ -203,7 +204,22 @@ def test_a_lone_coordinator_is_refused():
     launch.start_processes(flags)
 
 
-def _run(*argv, **env):
+@pytest.mark.slow
+def test_two_processes_join():
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    address = f'localhost:{free.getsockname()[1]}'
+  code = ('import sys, jax; from prompt_tuning_jax import launch; '
+          'launch.start_processes(launch.parse_flags(sys.argv[1:])); '
+          'print(jax.process_index(), jax.process_count(), jax.device_count())')
+  running = [subprocess.Popen(
+      [sys.executable, '-c', code, f'--coordinator_address={address}', '--num_processes=2',
+       f'--process_id={i}'], stdout=subprocess.PIPE, text=True) for i in range(2)]
+  said = [process.communicate(timeout=120)[0].split() for process in running]
+  assert [line[:2] for line in said] == [['0', '2'], ['1', '2']]
+
+
+def _run(*argv):
   return subprocess.run([sys.executable, '-m', 'prompt_tuning_jax.train', *argv],
                         capture_output=True, text=True, check=False)
 

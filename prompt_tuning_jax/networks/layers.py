@@ -15,7 +15,7 @@ FAN_IN = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
 
 
 def dropout(rate: float, broadcast: bool = True) -> nn.Dropout:
-  """Dropout as T5X does it: whole features of an example are dropped, the same at every position."""
+  """T5X's dropout: a feature of an example is dropped at all of its positions or at none."""
   return nn.Dropout(rate, broadcast_dims=(-2,) if broadcast else ())
 
 
@@ -36,14 +36,13 @@ class Embed(nn.Module):
         jnp.float32, axes=('vocab', 'embed'), module=self)
 
   def __call__(self, tokens: Array, virtual_embeddings: Array | None = None) -> Array:
-    """tokens: [B, T] int, virtual_embeddings: [R, D] -> [B, T, D]."""
-    table = self.embedding
-    words = jnp.take(table, jnp.minimum(tokens, self.num_embeddings - 1), axis=0).astype(self.dtype)
+    """tokens: [B, T] int in [0, V + R), virtual_embeddings: [R, D] -> [B, T, D]."""
+    # An id that has no row embeds as NaN: a prompt shorter than its ids must not go unnoticed.
+    words = jnp.take(self.embedding, tokens, axis=0, mode='fill').astype(self.dtype)
     if virtual_embeddings is None or virtual_embeddings.shape[0] == 0:
       return words
-    rows = virtual_embeddings.shape[0]
-    row = jnp.clip(tokens - self.num_embeddings, 0, rows - 1)
-    virtual = jnp.take(virtual_embeddings.astype(self.dtype), row, axis=0)
+    row = jnp.maximum(tokens - self.num_embeddings, 0)
+    virtual = jnp.take(virtual_embeddings.astype(self.dtype), row, axis=0, mode='fill')
     return jnp.where((tokens >= self.num_embeddings)[..., None], virtual, words)
 
   def attend(self, x: Array) -> Array:

@@ -203,6 +203,10 @@ class Transformer(nn.Module):
     Decoder segments without encoder segments are several targets of one input (candidates).
     """
     del decoder_positions
+    if decode and (encoder_segment_ids is not None or decoder_segment_ids is not None):
+      raise ValueError('Packed rows cannot be decoded step by step: give one example a row.')
+    if encoder_segment_ids is not None and decoder_segment_ids is None:
+      raise ValueError('Packed inputs need decoder_segment_ids too: which targets are whose?')
     encoder_live = encoder_input_tokens > 0
     self_mask = None
     if decode:
@@ -213,8 +217,6 @@ class Transformer(nn.Module):
       self_mask = masks.causal(positions, positions) & masks.pairwise(decoder_live, decoder_live)
       cross_mask = masks.pairwise(decoder_live, encoder_live)
     if decoder_segment_ids is not None:
-      if decode:
-        raise ValueError('Packed rows cannot be decoded step by step: give one example a row.')
       self_mask &= masks.same_segment(decoder_segment_ids, decoder_segment_ids)
       if encoder_segment_ids is not None:
         cross_mask &= masks.same_segment(decoder_segment_ids, encoder_segment_ids)

@@ -61,11 +61,12 @@ class ClassLabels:
   fallback: SampledVocabulary = SampledVocabulary()
 
   def __call__(self, key, length: int, table: Array, vocabulary: Vocabulary | None) -> Array:
-    if not self.labels:
-      raise ValueError('ClassLabels needs at least one label: set CLASS_LABELS.')
+    if not self.labels or isinstance(self.labels, str):
+      raise ValueError("CLASS_LABELS should be a list of texts such as ('negative', 'positive'), "
+                       f'got {self.labels!r}.')
     rows = []
     for label in self.labels[:length]:
-      pieces = _encode(vocabulary, label)
+      pieces = _encode(vocabulary, label, table)
       rows.append(jnp.mean(table[np.asarray(pieces)].astype(jnp.float32), axis=0))
     rest = self.fallback(key, length - len(rows), table, vocabulary)
     return jnp.concatenate([jnp.stack(rows), rest]) if rows else rest
@@ -78,7 +79,7 @@ class Text:
   text: str
 
   def __call__(self, key, length: int, table: Array, vocabulary: Vocabulary | None) -> Array:
-    pieces = np.resize(_encode(vocabulary, self.text), length)
+    pieces = np.resize(_encode(vocabulary, self.text, table), length)
     return table[pieces].astype(jnp.float32)
 
 
@@ -96,11 +97,14 @@ class FromArray:
     return jnp.asarray(self.embedding, jnp.float32)
 
 
-def _encode(vocabulary: Vocabulary | None, text: str) -> list[int]:
+def _encode(vocabulary: Vocabulary | None, text: str, table: Array) -> list[int]:
   if vocabulary is None:
     raise ValueError(f'To start a prompt from {text!r} the vocabulary of the base is needed: '
                      'give its SentencePiece file with VOCABULARY.')
   pieces = vocabulary.encode(text)
   if not pieces:
     raise ValueError(f'The text {text!r} has no tokens in this vocabulary.')
+  if max(pieces) >= table.shape[0]:
+    raise ValueError(f'{text!r} has id {max(pieces)}, but the embedding table has '
+                     f'{table.shape[0]} rows: the vocabulary is not that of this base.')
   return pieces

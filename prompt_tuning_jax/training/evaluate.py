@@ -33,11 +33,12 @@ class Evaluator:
     kinds = {tuple(row.get('choices') or ()) for row in self._rows}
     return list(kinds.pop()) or None if len(kinds) == 1 else None
 
-  def majority(self) -> float | None:
-    """The share of the most frequent answer, for tasks with fixed labels."""
+  def majority(self) -> dict[str, float]:
+    """The metrics of always giving the most frequent answer; {} where there are no labels."""
     if not self.labels:
-      return None
-    return Counter(row['targets'] for row in self._rows).most_common(1)[0][1] / self._count
+      return {}
+    target = Counter(row['targets'] for row in self._rows).most_common(1)[0][0]
+    return self._metrics([target] * self._count)
 
   def __call__(self, params: PyTree) -> tuple[float, dict[str, float]]:
     """(the value that chooses the best, larger being better; all metrics)."""
@@ -45,13 +46,8 @@ class Evaluator:
     if not self._functions:
       values = self._loss(params, inputs)
     else:
-      self._texts = answers = self._answers(params, inputs)
-      predictions = [self._cache.postprocess(text, row)
-                     for text, row in zip(answers, self._rows, strict=True)]
-      targets = [row['target'] for row in self._rows]
-      values = {}
-      for function in self._functions:
-        values.update({name: float(v) for name, v in function(targets, predictions).items()})
+      self._texts = self._answers(params, inputs)
+      values = self._metrics(self._texts)
     self.metric = self.metric or next(iter(values))
     if self.metric not in values:
       raise ValueError(f'The metric {self.metric!r} is not among those of this task: '
@@ -63,6 +59,13 @@ class Evaluator:
     """Inputs, targets and the last prediction of every example, as text."""
     return [{'inputs': row['inputs'], 'targets': row['targets'], 'prediction': text}
             for row, text in zip(self._rows, self._texts, strict=False)]
+
+  def _metrics(self, texts: list[str]) -> dict[str, float]:
+    predictions = [self._cache.postprocess(text, row)
+                   for text, row in zip(texts, self._rows, strict=True)]
+    targets = [row['target'] for row in self._rows]
+    return {name: float(value) for function in self._functions
+            for name, value in function(targets, predictions).items()}
 
   def _loss(self, params: PyTree, inputs: list[np.ndarray]) -> dict[str, float]:
     targets = [self._cache.targets(i) for i in range(self._count)]

@@ -18,6 +18,11 @@ from prompt_tuning_jax.prompts.virtual_tokens import VirtualTokens
 from prompt_tuning_jax.types import PyTree
 
 
+def prompt_from_file(path: str) -> initializers.FromArray:
+  """The initializer that starts from a trained prompt: a prompt file, or a .npy array [P, D]."""
+  return initializers.FromArray(prompt_file.load(path).params[prompt_file.EMBEDDING])
+
+
 @dataclasses.dataclass(frozen=True)
 class PromptTuning:
   """A soft prompt before a frozen model (Lester et al. 2021)."""

@@ -167,8 +167,8 @@ def _summary(folder: pathlib.Path, records: loop.Records, evaluator, began: floa
   result = {'best_value': records.best_value, 'best_step': records.best_step,
             'prompt': str(best[0]), 'seconds': time.monotonic() - began}
   if evaluator and records.best_value is not None:
-    majority = evaluator.majority()
-    against = '' if majority is None else f' (the majority class alone: {majority:.4g})'
+    majority = evaluator.majority().get(evaluator.metric)
+    against = '' if majority is None else f' (always the most frequent answer: {majority:.4g})'
     logger.info('Best %s %.4g at step %d%s.', evaluator.metric, abs(records.best_value),
                 records.best_step, against)
   logger.info('Done in %.0f s. The trained prompt: %s', result['seconds'], result['prompt'])

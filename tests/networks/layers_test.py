@@ -30,6 +30,12 @@ def test_words_embed_the_same_with_and_without_virtual_rows():
     np.testing.assert_array_equal(embed(words, rows), TABLE[words])
 
 
+def test_an_id_without_a_row_is_not_a_number():
+  for rows in (None, ROWS[:0]):
+    assert np.isnan(embed(np.array([[6, 7]]), rows)[0]).tolist() == [[False] * 4, [True] * 4]
+  assert np.isnan(embed(np.array([[9, 10]]), ROWS)[0]).tolist() == [[False] * 4, [True] * 4]
+
+
 def test_the_gradient_reaches_only_the_rows_that_are_used():
   total = lambda table, rows: jnp.sum(embed(np.array([[0, 8, 8, 2]]), rows, table))
   words, rows = jax.grad(total, (0, 1))(TABLE, ROWS)
@@ -54,6 +60,10 @@ def test_layer_norm_divides_by_the_root_mean_square():
   expected = x / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1e-6) * scale
   apply = lambda x, dtype: layers.LayerNorm(dtype).apply({'params': {'scale': scale}}, x)
   np.testing.assert_allclose(apply(x, jnp.float32), expected, rtol=1e-5)
+  tiny = x * np.float32(1e-4)  # the epsilon counts
+  np.testing.assert_allclose(
+      apply(tiny, jnp.float32), tiny / np.sqrt(np.mean(tiny ** 2, -1, keepdims=True) + 1e-6) * scale,
+      rtol=1e-5)
   # In bfloat16 only the result is rounded; the sum of squares beyond its range is not.
   large = apply((x * 1e19).astype(jnp.bfloat16), jnp.bfloat16)
   assert large.dtype == jnp.bfloat16 and bool(jnp.all(jnp.isfinite(apply(x * 1e18, jnp.bfloat16))))

@@ -251,12 +251,17 @@ def test_cached_in_steps_of_several_tokens_is_uncached(cross_cache, length):
   close(live(np.concatenate(pieces, 1)), live(run(PARAMS, INPUTS, TARGETS)))
 
 
-def test_packed_rows_are_not_decoded():
+@pytest.mark.parametrize('segments, decode, message', [
+    ('decoder_segment_ids', True, 'one example a row'),
+    ('encoder_segment_ids', True, 'one example a row'),
+    ('encoder_segment_ids', False, 'need decoder_segment_ids'),
+])
+def test_segments_that_have_no_meaning(segments, decode, message):
   tokens = np.ones((1, 2), np.int32)
-  with pytest.raises(ValueError, match='one example a row'):
+  with pytest.raises(ValueError, match=message):
     t5.Transformer(GOLDEN).apply(
         {'params': random_params(GOLDEN)}, np.ones((1, 2, 4)), tokens, tokens, tokens,
-        decoder_segment_ids=tokens, decode=True, enable_dropout=False, method='decode',
+        **{segments: tokens}, decode=decode, enable_dropout=False, method='decode',
         mutable=['cache'])
 
 
@@ -268,6 +273,12 @@ def test_bfloat16_is_close_to_float32():
   assert rounded.dtype == jnp.float32 and np.any(live(rounded) != exact)
   difference = np.sqrt(np.mean((live(rounded) - exact) ** 2) / np.mean(exact ** 2))
   assert difference < 0.05
+
+
+def test_bfloat16_parameters_are_float32_parameters_rounded():
+  stored = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+  rounded = jax.tree.map(lambda leaf: leaf.astype(np.float32), stored)
+  close(live(run(stored, INPUTS, TARGETS)), live(run(rounded, INPUTS, TARGETS)), 1e-6)
 
 
 def test_dropout_is_a_function_of_its_key():

@@ -13,7 +13,7 @@ from prompt_tuning_jax.prompts.initializers import (
     Uniform,
 )
 
-V, D, P = 50, 6, 8
+V, D, P = 30, 6, 8
 # Row i holds i, i + 1/4, ...: it names itself, and is exact in bfloat16.
 TABLE = np.arange(V, dtype=np.float32)[:, None] + np.arange(D, dtype=np.float32) / 4
 KEY = jax.random.key(0)
@@ -98,6 +98,8 @@ def test_from_array_is_the_array():
     (ClassLabels(()), Words(), 'at least one label: set CLASS_LABELS'),
     (ClassLabels(('a', ' ')), Words(), "' ' has no tokens"),
     (ClassLabels(('a',)), None, "from 'a' the vocabulary .* VOCABULARY"),
+    (Text('az~'), Words(), "'az~' has id 39, but .* 30 rows"),
+    (ClassLabels(('~',)), Words(), "'~' has id 39, but .* 30 rows"),
     (Text(''), Words(), "'' has no tokens"),
     (Text('a'), None, "from 'a' the vocabulary .* VOCABULARY"),
     (SampledVocabulary(0), None, 'first_n must be at least 1, got 0'),
