@@ -14,7 +14,7 @@ and their batches shuffled, so that little is padding. Nothing here has state: a
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -191,30 +191,6 @@ class TrainBatches:
   @functools.cached_property
   def _target_lengths(self) -> np.ndarray:
     return np.concatenate([cache.target_lengths for cache in self.caches])
-
-
-def eval_batches(cache: TokenCache, batch_size: int, virtual: VirtualTokens | None = None,
-                 buckets: Buckets | None = None, process_index: int = 0, process_count: int = 1,
-                 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-  """Every example once, the longest first.
-
-  Yields:
-    (examples of the whole batch [n <= B] int64, this process's rows of the batch). The last batch
-    is filled up with copies of its last row, whose loss weights are 0.
-  """
-  _check_batch_size(batch_size, process_index, process_count)
-  order = np.lexsort((-cache.target_lengths, -cache.input_lengths))
-  local = slice(batch_size // process_count * process_index,
-                batch_size // process_count * (process_index + 1))
-  for start in range(0, len(order), batch_size):
-    indices = order[start:start + batch_size]
-    rows = np.concatenate([indices, np.repeat(indices[-1:], batch_size - len(indices))])
-    widths = _widths(cache.input_lengths[rows].max(), cache.target_lengths[rows].max(), [cache],
-                     buckets or Buckets())
-    batch = _assemble(cache.input_tokens, cache.input_offsets, cache.target_tokens,
-                      cache.target_offsets, rows[local], widths, virtual)
-    batch['decoder_loss_weights'][max(0, len(indices) - local.start):] = 0
-    yield indices, batch
 
 
 def batch_of(inputs: Sequence[Sequence[int]], targets: Sequence[Sequence[int]],

@@ -16,6 +16,7 @@ from prompt_tuning_jax.training.state import TrainState
 from prompt_tuning_jax.types import Batch, PyTree
 
 logger = logging.getLogger(__name__)
+AHEAD = 4  # steps the host may queue before the device has done them: a stop must not wait long
 
 
 class Diverged(ValueError):
@@ -73,6 +74,7 @@ def train(state: TrainState, frozen: PyTree, batches: Iterator[Batch], train_ste
     while step < schedule.train_steps and not stop.is_set():
       state, metrics = train_step(state, frozen, next(batches))
       pending.append(metrics)
+      jax.block_until_ready(pending[-AHEAD:][0])
       step += 1
       last = step == schedule.train_steps
       if last or _due(step, schedule.log_period):
@@ -107,7 +109,7 @@ def _due(step: int, period: int) -> bool:
 
 
 def _mean(metrics: list[dict[str, jax.Array]]) -> dict[str, float]:
-  """Means over steps; fetching them is the only place where the host waits for the device."""
+  """Means over steps."""
   fetched = jax.device_get(metrics)
   return {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
 

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.data.batches import Buckets, TrainBatches, batch_of, eval_batches
+from prompt_tuning_jax.data.batches import Buckets, TrainBatches, batch_of
 from prompt_tuning_jax.data.token_cache import TokenCache
 from prompt_tuning_jax.prompts.virtual_tokens import PLACEMENTS, VirtualTokens
 
@@ -195,41 +195,13 @@ def test_processes_share_a_batch(rates):
       np.testing.assert_array_equal(np.concatenate([batch[key] for batch in batches]), expected)
 
 
-@pytest.mark.parametrize(('count', 'size'), [(50, 8), (48, 8), (3, 8), (1, 1)])
-def test_evaluation_sees_every_example_once_longest_first(count, size):
-  cache = make_cache(count, longest=90)
-  virtual = VirtualTokens(V, 5)
-  seen, widths = [], []
-  for indices, batch in eval_batches(cache, size, virtual):
-    seen += indices.tolist()
-    widths.append(batch['encoder_input_tokens'].shape[1])
-    texts = [(tuple(virtual.place(cache.inputs(i))), tuple(cache.targets(i))) for i in indices]
-    assert _texts(batch)[:len(indices)] == texts
-    assert {array.shape[0] for array in batch.values()} == {size}
-    assert (batch['decoder_loss_weights'][len(indices):] == 0).all()
-    assert (batch['encoder_input_tokens'][len(indices):]
-            == batch['encoder_input_tokens'][len(indices) - 1]).all()
-  assert sorted(seen) == list(range(count))
-  assert (np.diff(cache.input_lengths[seen]) <= 0).all()
-  assert widths == sorted(widths, reverse=True)
-
-
-def test_processes_share_an_evaluation_batch():
-  cache = make_cache(13)
-  parts = [list(eval_batches(cache, 8, process_index=i, process_count=2)) for i in range(2)]
-  for (indices, whole), *shares in zip(eval_batches(cache, 8), *parts, strict=True):
-    for share_indices, _ in shares:
-      np.testing.assert_array_equal(share_indices, indices)
-    for key in KEYS:
-      np.testing.assert_array_equal(np.concatenate([b[key] for _, b in shares]), whole[key])
-
-
 def test_texts_in_no_cache_make_the_same_batch():
   cache = make_cache(8, longest=60)
   virtual = VirtualTokens(V, 2, 'infix')
-  indices, expected = next(eval_batches(dataclasses.replace(
-      cache, meta={'lengths': {'inputs': 999, 'targets': 999}}), 8, virtual))
-  batch = batch_of([cache.inputs(i) for i in indices], [cache.targets(i) for i in indices], virtual)
+  source = TrainBatches([dataclasses.replace(
+      cache, meta={'lengths': {'inputs': 999, 'targets': 999}})], 8, virtual=virtual)
+  rows, expected = source.rows_at(0), source.batch_at(0)
+  batch = batch_of([cache.inputs(i) for i in rows], [cache.targets(i) for i in rows], virtual)
   for key in KEYS:
     np.testing.assert_array_equal(batch[key], expected[key])
 

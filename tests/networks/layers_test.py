@@ -62,8 +62,8 @@ def test_layer_norm_divides_by_the_root_mean_square():
   np.testing.assert_allclose(apply(x, jnp.float32), expected, rtol=1e-5)
   tiny = x * np.float32(1e-4)  # the epsilon counts
   np.testing.assert_allclose(
-      apply(tiny, jnp.float32), tiny / np.sqrt(np.mean(tiny ** 2, -1, keepdims=True) + 1e-6) * scale,
-      rtol=1e-5)
+      apply(tiny, jnp.float32),
+      tiny / np.sqrt(np.mean(tiny ** 2, -1, keepdims=True) + 1e-6) * scale, rtol=1e-5)
   # In bfloat16 only the result is rounded; the sum of squares beyond its range is not.
   large = apply((x * 1e19).astype(jnp.bfloat16), jnp.bfloat16)
   assert large.dtype == jnp.bfloat16 and bool(jnp.all(jnp.isfinite(apply(x * 1e18, jnp.bfloat16))))

@@ -95,7 +95,8 @@ def test_from_array_is_the_array():
 
 
 @pytest.mark.parametrize('initializer, vocabulary, message', [
-    (ClassLabels(()), Words(), 'at least one label: set CLASS_LABELS'),
+    (ClassLabels(()), Words(), r'CLASS_LABELS should be a list of texts .*got \(\)'),
+    (ClassLabels('ab'), Words(), "CLASS_LABELS should be a list of texts .*got 'ab'"),
     (ClassLabels(('a', ' ')), Words(), "' ' has no tokens"),
     (ClassLabels(('a',)), None, "from 'a' the vocabulary .* VOCABULARY"),
     (Text('az~'), Words(), "'az~' has id 39, but .* 30 rows"),
