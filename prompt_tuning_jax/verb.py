@@ -49,7 +49,7 @@ def run(made: argparse.ArgumentParser, argv: list[str], body: Callable) -> int:
         flags.base, flags.prompt, network=network, vocabulary_file=flags.vocabulary,
         dtype=flags.dtype, batch_size=flags.batch_size, max_decode_length=flags.max_decode_length)
     body(flags, loaded)
-  except ValueError as error:
+  except (ValueError, OSError) as error:
     if os.environ.get('PROMPT_TUNING_JAX_TRACEBACK'):
       raise
     print(f'error: {error}', file=sys.stderr)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
 
 from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.networks import t5
@@ -288,6 +289,30 @@ def test_dropout_is_a_function_of_its_key():
   plain = run(PARAMS, INPUTS, TARGETS)
   for a, b in ((first, other), (first, plain)):
     assert np.all(np.any(live(a) != live(b), axis=-1))
+
+
+def drawn_masks(jaxpr):
+  """Shapes of all random bits that a program draws."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'random_bits':
+      yield equation.outvars[0].aval.shape
+    for inner in core.jaxprs_in_params(equation.params):
+      yield from drawn_masks(inner)
+
+
+def test_dropout_stands_where_t5x_has_it():
+  """Broadcast over query positions, but for the states that leave the encoder."""
+  batch, length, target_length, heads, features, hidden = 3, 21, 12, 3, 24, 17
+  attention = lambda keys: (batch, heads, 1, keys)
+  feature, mlp = (batch, 1, features), (batch, 1, hidden)
+  encoder = [feature, *[attention(length), feature, mlp, feature], (batch, length, features)]
+  decoder = [feature, *2 * [attention(target_length), feature, attention(length), feature, mlp,
+                            feature], feature]
+  key = jax.random.key(0)
+  program = jax.make_jaxpr(lambda key: run(PARAMS, INPUTS, TARGETS, dropout_key=key))(key)
+  assert list(drawn_masks(program.jaxpr)) == encoder + decoder
+  program = jax.make_jaxpr(lambda: run(PARAMS, INPUTS, TARGETS))()
+  assert list(drawn_masks(program.jaxpr)) == []
 
 
 def test_without_dropout_the_key_does_not_matter():
