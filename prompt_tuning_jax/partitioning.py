@@ -43,15 +43,15 @@ class Partitioner:
   def replicated(self) -> NamedSharding:
     return NamedSharding(self.mesh, PartitionSpec())
 
-  def sharding_for(self, axes: Mapping[str, tuple[str, ...]]) -> Callable:
-    """(path, shape) -> sharding, from the logical axes of each parameter path.
+  def sharding_for(self, logical_axes: Callable[[str], tuple[str, ...] | None]) -> Callable:
+    """(path, shape) -> sharding, from a parameter path's logical axes.
 
-    A mesh axis that does not divide its dimension is left out: that dimension is replicated.
+    What has no axes is replicated, and so is a dimension that its mesh axis does not divide.
     """
     mesh, rules = self.mesh, dict(self.rules)
 
     def sharding(path: str, shape: tuple[int, ...]) -> NamedSharding:
-      names = [rules.get(axis) for axis in axes.get(path, (None,) * len(shape))]
+      names = [rules.get(axis) for axis in logical_axes(path) or (None,) * len(shape)]
       spec = [name if name and size % mesh.shape[name] == 0 else None
               for name, size in zip(names, shape, strict=True)]
       return NamedSharding(mesh, PartitionSpec(*spec))
@@ -61,8 +61,10 @@ class Partitioner:
   def put_batch(self, batch: Mapping[str, np.ndarray]) -> PyTree:
     """Rows of this process -> global device arrays, split over `data`."""
     split = NamedSharding(self.mesh, PartitionSpec('data'))
-    whole = self.replicated
     parts = self.mesh.shape['data'] // jax.process_count()
-    return {name: jax.make_array_from_process_local_data(
-        split if len(rows) % max(parts, 1) == 0 else whole, rows)
-            for name, rows in batch.items()}
+    rows = len(next(iter(batch.values())))
+    if rows % parts:
+      raise ValueError(f'A batch must be a multiple of the {parts} devices it is split over, got '
+                       f'{rows} rows: change BATCH_SIZE.')
+    return {name: jax.make_array_from_process_local_data(split, array)
+            for name, array in batch.items()}

@@ -54,18 +54,20 @@ def logits(model: PromptedModel, params: PyTree, batch: Batch,
 
 def loss(model: PromptedModel, params: PyTree, batch: Batch, dropout_key: Array | None = None,
          z_loss: float = 0.0, label_smoothing: float = 0.0) -> tuple[Array, dict[str, Array]]:
-  """Mean loss per target token in nats, and sums for reporting.
+  """What training lowers, and what is reported.
 
   Returns:
-    (loss, {'loss', 'accuracy', 'tokens'}): scalars float32; accuracy of teacher-forced tokens.
+    (mean loss per target token in nats, z-loss and label smoothing included;
+    {'loss': mean cross entropy alone, 'accuracy': share of tokens foretold, 'tokens': how many}),
+    all [] float32.
   """
   outputs = logits(model, params, batch, dropout_key)
   targets, weights = batch['decoder_target_tokens'], batch['decoder_loss_weights']
-  losses = objectives.cross_entropy(outputs, targets, z_loss, label_smoothing)
-  total = jnp.sum(weights)
-  mean = jnp.sum(losses * weights) / jnp.maximum(total, 1)
-  correct = jnp.sum((jnp.argmax(outputs, axis=-1) == targets) * weights)
-  return mean, {'loss': mean, 'accuracy': correct / jnp.maximum(total, 1), 'tokens': total}
+  tokens = jnp.sum(weights)
+  mean = lambda values: jnp.sum(values * weights) / jnp.maximum(tokens, 1)
+  metrics = {'loss': mean(objectives.cross_entropy(outputs, targets)),
+             'accuracy': mean(jnp.argmax(outputs, axis=-1) == targets), 'tokens': tokens}
+  return mean(objectives.cross_entropy(outputs, targets, z_loss, label_smoothing)), metrics
 
 
 def log_likelihood(model: PromptedModel, params: PyTree, batch: Batch) -> Array:

@@ -1,4 +1,4 @@
-"""`quick_start`: is a sentence about the sea or the kitchen? Made up here, nothing to load."""
+"""`quick_start`: is a sentence from a novel or from an article? Made up here, nothing to load."""
 
 import seqio
 import tensorflow as tf

@@ -1,67 +1,60 @@
-"""Sentences about the sea or about the kitchen, made up from lists of words, always the same.
+"""Sentences as from a novel or as from an encyclopedia's article, made up from lists of words.
 
-A word or two tell the topic, so a small language model's idea of which words belong together is
-enough. Validation also uses words and sentence patterns that training never shows. Needs neither
-SeqIO nor TensorFlow.
+Always the same. Tone and words tell the two apart, which is what even a very small language model
+has learnt. Validation also uses words and sentence patterns that training never shows. Needs
+neither SeqIO nor TensorFlow.
 """
 
-import dataclasses
 import random
+import string
 
-LABELS = ('sea', 'kitchen')
+LABELS = ('novel', 'article')
 SIZES = {'train': 2000, 'validation': 300}
-SHARE_OF_SEA = 0.55
+SHARE_OF_NOVEL = 0.55
+UNSEEN_PATTERNS = 2  # the last of each label's
 
-
-@dataclasses.dataclass(frozen=True)
-class Words:
-  """A topic's words; the last few of each list occur in validation only (see `_known`)."""
-
-  people: tuple[str, ...]
-  things: tuple[str, ...]
-  doings: tuple[str, ...]
-  places: tuple[str, ...]
-
-
-TOPICS = {
-    'sea': Words(
-        people=('captain', 'sailor', 'pilot of the ship', 'fisherman', 'crew', 'admiral', 'seaman',
-                'boatman'),
-        things=('ship', 'boat', 'anchor', 'sail', 'mast', 'whale', 'wave', 'oar', 'vessel', 'net',
-                'rudder', 'tide', 'shark'),
-        doings=('sailed along the coast', 'rowed to the island', 'steered through the storm',
-                'raised the sails', 'dropped the anchor', 'swam to the shore',
-                'waited for the tide', 'repaired the mast', 'drifted with the current'),
-        places=('on the deck', 'in the harbour', 'near the island', 'on board the ship',
-                'by the shore', 'off the coast', 'at the port', 'on the ocean', 'in the bay')),
-    'kitchen': Words(
-        people=('cook', 'baker', 'housewife', 'maid with the plates', 'butcher', 'chef', 'waiter',
-                'housekeeper'),
-        things=('bread', 'soup', 'butter', 'kettle', 'oven', 'cake', 'cheese', 'spoon', 'dinner',
-                'pot', 'pie', 'flour', 'sauce'),
-        doings=('boiled the water for tea', 'baked the bread', 'cut the cheese',
-                'stirred the soup', 'washed the dishes', 'fried the eggs',
-                'peeled the potatoes', 'roasted the meat', 'melted the butter'),
-        places=('on the stove', 'beside the oven', 'on a plate', 'at the dinner table',
-                'among the pots', 'in the pan', 'in a bowl', 'in the cupboard', 'by the sink')),
+WORDS = {
+    'who': ('my aunt', 'the old lady', 'Mr. Harding', 'the captain', 'poor Margaret', 'the stranger',
+            'my cousin', 'the young man', 'the widow', 'Lady Anne', 'the doctor', 'his wife'),
+    'felt': ('sighed', 'trembled', 'turned pale', 'burst into tears', 'smiled sadly', 'blushed',
+             'shook her head', 'looked away', 'laughed softly', 'grew silent', 'wept'),
+    'how': ('with a heavy heart', 'in a low voice', 'without a word', 'as if in a dream', 'at last',
+            'by the fire', 'with tears in her eyes', 'in spite of himself', 'for a long while'),
+    'thought': ('you must forgive me', 'I never loved him', 'it is quite impossible',
+                'we shall be ruined', 'you know my mind', 'I dare not tell you', 'he is gone',
+                'nothing can be done', 'I am the happiest of men'),
+    'place': ('Kansas', 'Bavaria', 'New Zealand', 'Ohio', 'Brazil', 'Ontario', 'Poland', 'Kerala',
+              'Nevada', 'Norway', 'Scotland', 'Queensland'),
+    'thing': ('town', 'river', 'railway station', 'football club', 'species of beetle', 'county',
+              'university', 'rock band', 'airport', 'radio station', 'village', 'highway'),
+    'body': ('the national assembly', 'the United States Army', 'the state government',
+             'a German company', 'the city council', 'the World Bank', 'the football league',
+             'a record label', 'the European Union'),
+    'work': ('album', 'television series', 'software', 'aircraft', 'law', 'bridge', 'stadium',
+             'film', 'computer', 'treaty'),
+    'year': ('1912', '1936', '1947', '1958', '1969', '1974', '1983', '1991', '1999', '2004', '2010'),
+    'number': ('12', '340', '1,205', '27,400', '63', '8,950', '412', '150,000'),
 }
-PATTERNS = (
-    'The {adjective} {person} {doing} {time}.',
-    '{time_first}, the {person} {doing}.',
-    'We saw a {adjective} {thing} {place}.',
-    'The {thing} {place} was {adjective}.',
-    'She said that the {person} {doing}.',
-    '{time_first}, the {person} spoke of the {thing}.',
-    'I remember the {thing} and the {adjective} {person}.',
-    'He looked at the {thing} {place}.',
-    'Nobody knew why the {adjective} {person} {doing}.',
-    'There was only one {thing} left {place}.',
-)
-ADJECTIVES = ('old', 'young', 'large', 'small', 'beautiful', 'good', 'new', 'heavy', 'strange',
-              'famous')
-TIMES = ('in the morning', 'last night', 'at six o’clock', 'on Sunday', 'after the rain',
-         'for an hour', 'before sunset', 'every day')
-UNSEEN_PATTERNS = 2
+PATTERNS = {
+    'novel': (
+        '"{Thought}," said {who}, and {felt} {how}.',
+        '{Who} {felt} {how}, for she had loved him dearly.',
+        'I knew that {who} would never come back, and I {felt}.',
+        '"Oh! my dear," cried {who}, "{thought}!"',
+        '{Who} {felt}, and for some minutes neither of them spoke.',
+        '"And so," thought {who}, "{thought}."',
+        'She rose, went to the window and {felt} {how}.',
+        'When the door had closed, {who} {felt} {how}.'),
+    'article': (
+        'The {thing} is located in {place} and was founded in {year}.',
+        'It is a {thing} in northern {place} with a population of {number}.',
+        'In {year}, the {work} was approved by {body}.',
+        'The {work} was released in {year} and sold {number} copies in {place}.',
+        '{Body} announced a new {work} in {year}.',
+        'It was the first {work} in {place} to be funded by {body}.',
+        'As of {year}, there were {number} members from {place}.',
+        'The {thing} was closed in {year} after a decision of {body}.'),
+}
 
 
 def examples(split: str) -> list[dict[str, str]]:
@@ -73,32 +66,25 @@ def examples(split: str) -> list[dict[str, str]]:
     rng = random.Random(f'sentences {name}')
     rows = []
     while len(rows) < size:
-      label = LABELS[0] if rng.random() < SHARE_OF_SEA else LABELS[1]
-      sentence = _sentence(TOPICS[label], rng, training=name == 'train')
-      if sentence not in taken:
-        taken.add(sentence)
-        rows.append({'sentence': sentence, 'label': label})
+      label = LABELS[0] if rng.random() < SHARE_OF_NOVEL else LABELS[1]
+      while (sentence := _sentence(PATTERNS[label], rng, training=name == 'train')) in taken:
+        pass
+      taken.add(sentence)
+      rows.append({'sentence': sentence, 'label': label})
     if name == split:
       return rows
   raise AssertionError
 
 
-def _sentence(words: Words, rng: random.Random, training: bool) -> str:
+def _sentence(patterns: tuple[str, ...], rng: random.Random, training: bool) -> str:
   def pick(items: tuple[str, ...]) -> str:
-    known = items[:_known(items)] if training else items
-    return known[int(rng.random() * len(known))]  # random() is the same in every Python.
+    return items[int(rng.random() * len(items))]  # random() is the same in every Python.
 
-  patterns = PATTERNS[:-UNSEEN_PATTERNS] if training else PATTERNS
-  pattern = patterns[int(rng.random() * len(patterns))]
-  time = TIMES[int(rng.random() * len(TIMES))]
-  adjective = ADJECTIVES[int(rng.random() * len(ADJECTIVES))]
-  sentence = pattern.format(
-      adjective=adjective, person=pick(words.people), thing=pick(words.things),
-      doing=pick(words.doings), place=pick(words.places), time=time,
-      time_first=time[0].upper() + time[1:])
-  return sentence.replace(' a old ', ' an old ')
-
-
-def _known(items: tuple[str, ...]) -> int:
-  """How many of a topic's words training shows: about two thirds."""
-  return 2 * len(items) // 3
+  pattern = pick(patterns[:-UNSEEN_PATTERNS] if training else patterns)
+  slots = [slot for _, slot, _, _ in string.Formatter().parse(pattern) if slot]
+  words = {}
+  for slot in slots:
+    known = WORDS[slot.lower()]
+    word = pick(known[:2 * len(known) // 3] if training else known)
+    words[slot] = word[0].upper() + word[1:] if slot[0].isupper() else word
+  return pattern.format(**words)

@@ -49,7 +49,11 @@ class TrainingStates:
           'another MODEL_DIR; if the files are damaged, remove that folder.') from error
     return restored.state, restored.records
 
-  def close(self) -> None:
+  def wait(self) -> None:
     """Waits until every save is on disk."""
     self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, and frees what the manager holds."""
+    self.wait()
     self._manager.close()

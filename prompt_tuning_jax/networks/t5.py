@@ -5,6 +5,7 @@ Parameter names and logical axes are T5X's, verbatim: they are a public checkpoi
 
 import dataclasses
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -255,3 +256,14 @@ def parameter_specs(config: T5Config) -> dict[str, ParameterSpec]:
   axes = param_paths.flatten(axes)
   return {path: ParameterSpec(tuple(leaf.shape), tuple(axes[path]))
           for path, leaf in param_paths.flatten(variables['params']).items()}
+
+
+def logical_axes(path: str) -> tuple[str, ...] | None:
+  """The logical axes of a parameter of any T5; None for a path that no T5 has."""
+  path = re.sub(r'/layers_\d+/', '/layers_0/', path)
+  for activations in (('gelu', 'linear'), ('relu',)):
+    tiny = T5Config(8, 2, 1, 1, 1, 2, 2, mlp_activations=activations)
+    spec = parameter_specs(tiny).get(path)
+    if spec:
+      return spec.axes
+  return None

@@ -1,5 +1,7 @@
 """Evaluation of a task's split with the task's own metrics."""
 
+import dataclasses
+import difflib
 from collections import Counter
 
 import numpy as np
@@ -8,6 +10,26 @@ from prompt_tuning_jax.data.token_cache import TokenCache
 from prompt_tuning_jax.predictor import Predictor
 from prompt_tuning_jax.types import PyTree
 
+SMALLER_IS_BETTER = ('loss', 'perplexity')
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """All metrics of an evaluation, and the name of the one that chooses the best."""
+
+  metric: str
+  values: dict[str, float]
+
+  @property
+  def value(self) -> float:
+    """The metric that chooses the best, as the user sees it."""
+    return self.values[self.metric]
+
+  @property
+  def rank(self) -> float:
+    """The same, larger being better."""
+    return -self.value if self.metric in SMALLER_IS_BETTER else self.value
+
 
 class Evaluator:
   """Predicts every example of a split and computes the task's metrics.
@@ -15,7 +37,7 @@ class Evaluator:
   Examples that list their possible answers are answered by rank classification, others by
   decoding; a split without metrics is measured by its loss per target token. `metric` names the
   number that chooses the best (default: the task's first); `loss` and `perplexity` are better
-  when smaller, everything else when larger.
+  when smaller, everything else when larger. A metric that the task lacks is a ValueError.
   """
 
   def __init__(self, predictor: Predictor, cache: TokenCache, metric: str | None = None,
@@ -25,7 +47,13 @@ class Evaluator:
     self._count = min(cache.num_examples, max_examples or cache.num_examples)
     self._rows = [cache.row(i) for i in range(self._count)] if self._functions else []
     self._texts: list[str] = []
-    self.metric = metric or (None if self._functions else 'loss')
+    names = list(self._metrics([row['targets'] for row in self._rows])) or [*SMALLER_IS_BETTER]
+    self.metric = metric or names[0]
+    if self.metric not in names:
+      near = difflib.get_close_matches(self.metric, names, 1)
+      hint = f' Did you mean {near[0]}?' if near else ''
+      raise ValueError(f'The task {cache.meta["task"]} has the metrics {", ".join(names)}, not '
+                       f'{self.metric!r}.{hint}')
 
   @property
   def labels(self) -> list[str] | None:
@@ -40,20 +68,13 @@ class Evaluator:
     target = Counter(row['targets'] for row in self._rows).most_common(1)[0][0]
     return self._metrics([target] * self._count)
 
-  def __call__(self, params: PyTree) -> tuple[float, dict[str, float]]:
-    """(the value that chooses the best, larger being better; all metrics)."""
+  def __call__(self, params: PyTree) -> Evaluation:
+    """Evaluates the model with these parameters."""
     inputs = [self._cache.inputs(i) for i in range(self._count)]
     if not self._functions:
-      values = self._loss(params, inputs)
-    else:
-      self._texts = self._answers(params, inputs)
-      values = self._metrics(self._texts)
-    self.metric = self.metric or next(iter(values))
-    if self.metric not in values:
-      raise ValueError(f'The metric {self.metric!r} is not among those of this task: '
-                       f'{", ".join(values)}.')
-    smaller_is_better = self.metric in ('loss', 'perplexity')
-    return (-1 if smaller_is_better else 1) * values[self.metric], values
+      return Evaluation(self.metric, self._loss(params, inputs))
+    self._texts = self._answers(params, inputs)
+    return Evaluation(self.metric, self._metrics(self._texts))
 
   def answered(self) -> list[dict[str, str]]:
     """Inputs, targets and the last prediction of every example, as text."""

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import contextlib
 import dataclasses
 import logging
 import signal
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 
 from prompt_tuning_jax.checkpoints.training_state import TrainingStates
+from prompt_tuning_jax.training.evaluate import Evaluation
 from prompt_tuning_jax.training.progress import Progress
 from prompt_tuning_jax.training.state import TrainState
 from prompt_tuning_jax.types import Batch, PyTree
@@ -39,31 +41,41 @@ class Schedule:
 
 @dataclasses.dataclass
 class Records:
-  """What the host remembers between steps and across restarts."""
+  """What the host remembers between steps and across restarts.
 
+  `run` is what a run may not change when it resumes; the values of the best are those of
+  `Evaluation.rank` and `Evaluation.value`.
+  """
+
+  run: dict[str, Any] = dataclasses.field(default_factory=dict)
+  best_rank: float | None = None
   best_value: float | None = None
   best_step: int = 0
+  last_value: float | None = None
+  last_step: int = 0
   evaluations_since_best: int = 0
 
-  def add(self, value: float, step: int) -> bool:
-    """Takes an evaluation's value, larger being better; True if it is the best so far."""
-    if np.isfinite(value) and (self.best_value is None or value > self.best_value):
-      self.best_value, self.best_step, self.evaluations_since_best = float(value), step, 0
+  def add(self, evaluation: Evaluation, step: int) -> bool:
+    """Takes an evaluation; True if it is the best so far."""
+    rank = evaluation.rank
+    self.last_value, self.last_step = evaluation.value, step
+    if np.isfinite(rank) and (self.best_rank is None or rank > self.best_rank):
+      self.best_rank, self.best_value, self.best_step = rank, evaluation.value, step
+      self.evaluations_since_best = 0
       return True
     self.evaluations_since_best += 1
     return False
 
 
 def train(state: TrainState, frozen: PyTree, batches: Iterator[Batch], train_step: Callable,
-          evaluate: Callable[[PyTree], tuple[float, dict[str, float]]] | None,
-          save_best: Callable[[PyTree, int, float], Any], save_last: Callable[[PyTree, int], Any],
+          evaluate: Callable[[PyTree], Evaluation] | None, save: Callable[[str, PyTree], Any],
           states: TrainingStates, progress: Progress, records: Records, schedule: Schedule,
           task: str, batch_size: int) -> TrainState:
   """Trains from `state.step` to the last step, or to SIGTERM, early stopping or divergence.
 
   Args:
-    evaluate: trainable leaves -> (the value that chooses the best, all metrics).
-    save_best, save_last: write the trainable leaves as the user's file.
+    evaluate: trainable leaves -> their evaluation.
+    save: ('best' or 'last', trainable leaves); writes them as the user's file.
 
   Raises:
     Diverged: the loss stopped being finite; the last good leaves have been saved.
@@ -72,36 +84,39 @@ def train(state: TrainState, frozen: PyTree, batches: Iterator[Batch], train_ste
   step = int(state.step)
   with _stop_requested() as stop:
     while step < schedule.train_steps and not stop.is_set():
+      if schedule.patience and records.evaluations_since_best >= schedule.patience:
+        logger.info('Stopped early: no evaluation was better than the one at step %d.',
+                    records.best_step)
+        break
       state, metrics = train_step(state, frozen, next(batches))
       pending.append(metrics)
       jax.block_until_ready(pending[-AHEAD:][0])
       step += 1
       last = step == schedule.train_steps
       if last or _due(step, schedule.log_period):
+        _check_divergence(state, save)
         progress.report_training(step, task, _mean(pending), batch_size)
         pending.clear()
-        _check_divergence(state, save_last)
       if evaluate and (last or _due(step, schedule.eval_period)):
-        _check_divergence(state, save_last)
-        value, values = evaluate(state.trainable)
-        best = records.add(value, step)
-        progress.report_evaluation(step, task, values, best)
+        _check_divergence(state, save)
+        evaluation = evaluate(state.trainable)
+        best = records.add(evaluation, step)
+        progress.report_evaluation(step, task, evaluation.values, best)
         if best:
-          save_best(state.trainable, step, value)
+          save('best', state.trainable)
       if _due(step, schedule.save_period):
-        _check_divergence(state, save_last)
-        states.save(step, state, dataclasses.asdict(records))
-        save_last(state.trainable, step)
-      if schedule.patience and records.evaluations_since_best >= schedule.patience:
-        logger.info('Stopped early: no evaluation was better than the one at step %d.',
-                    records.best_step)
-        break
+        _save_all(state, states, records, save)
     if stop.is_set():
-      logger.warning('Stopped by a signal at step %d; the same command resumes there.', step)
-  _check_divergence(state, save_last)
-  states.save(step, state, dataclasses.asdict(records))
-  save_last(state.trainable, step)
+      logger.warning('Stopping at step %d as a signal asked; the same command resumes there.', step)
+    _save_all(state, states, records, save)
+    states.wait()
   return state
+
+
+def _save_all(state: TrainState, states: TrainingStates, records: Records, save: Callable) -> None:
+  _check_divergence(state, save)
+  states.save(int(state.step), state, dataclasses.asdict(records))
+  save('last', state.trainable)
 
 
 def _due(step: int, period: int) -> bool:
@@ -114,27 +129,31 @@ def _mean(metrics: list[dict[str, jax.Array]]) -> dict[str, float]:
   return {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
 
 
-def _check_divergence(state: TrainState, save_last: Callable) -> None:
+def _check_divergence(state: TrainState, save: Callable) -> None:
   at = int(state.diverged_at)
   if at < 0:
     return
-  save_last(state.trainable, at)
+  save('last', state.trainable)
   raise Diverged(f'The loss or its gradient was not finite at step {at}; the last good weights '
                  '(before that step) are saved. Lower the learning rate, or look at the data of '
                  'that step.')
 
 
-class _stop_requested:  # pylint: disable=invalid-name
-  """Context in which SIGTERM and SIGINT ask for a clean stop after the current step."""
+@contextlib.contextmanager
+def _stop_requested() -> Iterator[threading.Event]:
+  """SIGTERM and SIGINT ask for a clean stop after the current step; a second one interrupts."""
+  stop = threading.Event()
 
-  def __enter__(self) -> threading.Event:
-    self._event = threading.Event()
-    self._previous = {}
-    if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._previous[number] = signal.signal(number, lambda *_: self._event.set())
-    return self._event
+  def ask(*_):
+    if stop.is_set():
+      raise KeyboardInterrupt
+    stop.set()
 
-  def __exit__(self, *_):
-    for number, handler in self._previous.items():
+  numbers = (signal.SIGTERM, signal.SIGINT)
+  in_main = threading.current_thread() is threading.main_thread()
+  previous = [signal.signal(number, ask) for number in numbers] if in_main else []
+  try:
+    yield stop
+  finally:
+    for number, handler in zip(numbers, previous, strict=False):
       signal.signal(number, handler)

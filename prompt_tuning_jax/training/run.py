@@ -37,9 +37,8 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
           dropout_rate: float = 0.1, z_loss: float = 1e-4, label_smoothing: float = 0.0,
           activation_dtype: str = 'float32', parameter_dtype: str = 'float32', seed: int = 0,
           eval_batch_size: int | None = None, max_eval_examples: int | None = None,
-          metric: str | None = None, patience: int = 0,
-          partitioner: Partitioner = Partitioner(), cache_dir: str | None = None,
-          config_text: str | None = None) -> dict[str, Any]:
+          metric: str | None = None, patience: int = 0, partitioner: Partitioner = Partitioner(),
+          cache_dir: str | None = None, config_text: str | None = None) -> dict[str, Any]:
   """Trains, evaluates and saves; resumes where MODEL_DIR left off.
 
   Args:
@@ -48,13 +47,12 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
     initial_checkpoint_path: a bundled base's name or a checkpoint folder; None starts `network`
       from random weights (pretraining).
     method: a `training.methods` object: what trains.
-    eval_period, save_period, log_period: in steps; 0 is never. The last step does all.
+    eval_period, save_period, log_period: in steps; 0 is never, but for the last step.
     network: needed where the checkpoint does not describe its own.
     vocabulary: SentencePiece file, where the checkpoint does not bring its own.
     parameter_dtype: of the frozen base; what trains is float32.
-    metric: the name of the metric, larger being better, that chooses the best and ends training
-      early after `patience` evaluations without a better one. Default: the task's first; `loss`
-      (smaller is better) where it has none.
+    metric: the name of the metric that chooses the best and, after `patience` evaluations without
+      a better one, ends training. Default: the task's first; `loss` where it has none.
     config_text: kept as MODEL_DIR/config.gin.
 
   Returns:
@@ -64,18 +62,20 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
     ValueError: something that was given does not fit, or the loss diverged.
   """
   began = time.monotonic()
-  folder = _folder(model_dir, config_text)
+  _check(task_feature_lengths, model_dir, dropout_rate, train_steps=train_steps,
+         batch_size=batch_size)
+  for split in filter(None, (task.train_split, task.eval_split)):
+    task.key_parts(split)  # Missing data is told before a large base is read.
   base = _base(initial_checkpoint_path, network, vocabulary, parameter_dtype, partitioner, seed)
   words = _vocabulary(base)
   config = dataclasses.replace(base.config, dropout_rate=dropout_rate, dtype=activation_dtype)
   model, virtual = method.model(config), method.virtual_tokens(config.vocab_size)
   trainable, frozen = _split(base, method.initial(jax.random.key(seed), base.params, words), method)
+  base = dataclasses.replace(base, params=None)  # `frozen` and `trainable` hold all there is
 
   lengths = dict(task_feature_lengths)
   open_split = lambda split: token_cache.open_or_build(task, split, words, lengths, cache_dir)
-  source = batches.TrainBatches([open_split(task.train_split)], batch_size, seed, virtual,
-                                process_index=jax.process_index(),
-                                process_count=jax.process_count())
+  source = batches.TrainBatches([open_split(task.train_split)], batch_size, seed, virtual)
   evaluator = None
   if eval_period and task.eval_split:
     predictor = Predictor(model, words, virtual, eval_batch_size or 2 * batch_size,
@@ -83,12 +83,14 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
     evaluator = evaluate.Evaluator(predictor, open_split(task.eval_split), metric,
                                    max_eval_examples)
 
-  def save(name: str, trained: PyTree, metric: dict[str, Any] | None = None) -> None:
-    about = {'task': task.name, 'labels': evaluator and evaluator.labels, 'metric': metric}
-    method.save(folder / 'prompts' / name, trained, base, about)
-
+  folder = pathlib.Path(model_dir).expanduser()
   states = TrainingStates(folder / 'checkpoints')
-  state, records = _restore(states, train_state.create(trainable, optimizer), partitioner)
+  state = _place(train_state.create(trainable, optimizer), partitioner)
+  state, records = _restore(states, state, {
+      'base': base.fingerprint, 'task': task.name, 'vocabulary': words.sha256, 'lengths': lengths,
+      'batch_size': batch_size, 'seed': seed, 'metric': evaluator and evaluator.metric})
+  if config_text is not None:
+    (folder / 'config.gin').write_text(config_text, encoding='utf-8')
   progress = Progress(folder, train_steps, int(state.step))
   feed = prefetch.prefetch(lambda step: partitioner.put_batch(source.batch_at(step)),
                            start=int(state.step))
@@ -96,38 +98,39 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
     loop.train(
         state, frozen, feed, make_train_step(model, optimizer, seed, z_loss, label_smoothing),
         evaluate=evaluator and (lambda trained: evaluator(param_paths.merge(trained, frozen))),
-        save_best=lambda trained, step, value: save(
-            'best', trained, {'name': evaluator.metric, 'value': abs(value), 'step': step}),
-        save_last=lambda trained, step: save('last', trained),
-        states=states, progress=progress, records=records,
-        schedule=loop.Schedule(train_steps, eval_period, save_period, log_period, patience),
-        task=task.name, batch_size=batch_size)
+        save=_saver(method, folder / 'prompts', base, task, evaluator, records), states=states,
+        progress=progress, records=records, task=task.name, batch_size=batch_size,
+        schedule=loop.Schedule(train_steps, eval_period, save_period, log_period, patience))
   finally:
     feed.close()
     states.close()
-    progress.plot()
     progress.close()
+  progress.plot()
   return _summary(folder, records, evaluator, began)
 
 
-def _folder(model_dir: str, config_text: str | None) -> pathlib.Path:
-  folder = pathlib.Path(model_dir).expanduser()
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    if config_text is not None:
-      (folder / 'config.gin').write_text(config_text, encoding='utf-8')
-  except OSError as error:
-    raise ValueError(f'Cannot write to MODEL_DIR {folder}: {error.strerror}.') from error
-  return folder
+def _check(lengths: Mapping[str, int], model_dir: str, dropout_rate: float, **counts: int) -> None:
+  if jax.process_count() > 1:
+    raise ValueError('Training in several processes is not supported yet: start one, which uses '
+                     'all of its devices.')
+  if not isinstance(model_dir, str) or '://' in model_dir:
+    raise ValueError(f'MODEL_DIR must be a local folder, got {model_dir!r}.')
+  if not isinstance(lengths, Mapping) or set(lengths) != {'inputs', 'targets'} or not all(
+      type(length) is int and length > 1 for length in lengths.values()):
+    raise ValueError("TASK_FEATURE_LENGTHS should be such as {'inputs': 512, 'targets': 32}, got "
+                     f'{lengths!r}.')
+  for name, count in counts.items():
+    if type(count) is not int or count < 1:
+      raise ValueError(f'{name.upper()} should be a whole number of at least 1, got {count!r}.')
+  if not isinstance(dropout_rate, int | float) or not 0 <= dropout_rate < 1:
+    raise ValueError(f'DROPOUT_RATE should be at least 0 and less than 1, got {dropout_rate!r}.')
 
 
 def _base(path: str | None, network: t5.T5Config | None, vocabulary: str | None, dtype: str,
           partitioner: Partitioner, seed: int) -> Base:
   if path is not None:
-    axes = {} if network is None else {
-        name: spec.axes for name, spec in t5.parameter_specs(network).items()}
     return base_checkpoint.load_base(path, config=network, vocabulary_file=vocabulary, dtype=dtype,
-                                     sharding_for=partitioner.sharding_for(axes))
+                                     sharding_for=partitioner.sharding_for(t5.logical_axes))
   if network is None or vocabulary is None:
     raise ValueError('Without INITIAL_CHECKPOINT_PATH training starts from random weights, which '
                      'needs a network (--gin_file=network/….gin) and a VOCABULARY file.')
@@ -151,14 +154,37 @@ def _split(base: Base, added: PyTree, method: Any) -> tuple[PyTree, PyTree]:
   return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), trainable), frozen
 
 
-def _restore(states: TrainingStates, state, partitioner: Partitioner):
-  state = jax.device_put(state, partitioner.replicated)
+def _place(state: train_state.TrainState, partitioner: Partitioner) -> train_state.TrainState:
+  """Leaves that are not on the mesh yet (the prompt, counters) are replicated over it."""
+  devices = set(partitioner.mesh.devices.flat)
+  return jax.tree.map(lambda leaf: leaf if leaf.sharding.device_set == devices else
+                      jax.device_put(leaf, partitioner.replicated), state)
+
+
+def _restore(states: TrainingStates, state: train_state.TrainState, run: dict[str, Any]):
   restored = states.restore_latest(state)
   if restored is None:
-    return state, loop.Records()
-  state, records = restored
+    return state, loop.Records(run)
+  state, records = restored[0], loop.Records(**restored[1])
+  changed = [f'{name} was {records.run.get(name)!r} and is {value!r}'
+             for name, value in run.items() if records.run.get(name) != value]
+  if changed:
+    raise ValueError(f'MODEL_DIR holds another run: {"; ".join(changed)}. Choose another folder.')
   logger.info('Resuming at step %d.', int(state.step))
-  return state, loop.Records(**records)
+  return state, records
+
+
+def _saver(method, folder: pathlib.Path, base: Base, task, evaluator, records: loop.Records):
+  """save(name, trained): writes the trained leaves and what they belong to."""
+
+  def save(name: str, trained: PyTree) -> None:
+    value, step = ((records.best_value, records.best_step) if name == 'best' else
+                   (records.last_value, records.last_step))
+    metric = None if value is None else {'name': evaluator.metric, 'value': value, 'step': step}
+    method.save(folder / name, trained, base, {
+        'task': task.name, 'labels': evaluator and evaluator.labels, 'metric': metric})
+
+  return save
 
 
 def _summary(folder: pathlib.Path, records: loop.Records, evaluator, began: float) -> dict:
@@ -169,7 +195,7 @@ def _summary(folder: pathlib.Path, records: loop.Records, evaluator, began: floa
   if evaluator and records.best_value is not None:
     majority = evaluator.majority().get(evaluator.metric)
     against = '' if majority is None else f' (always the most frequent answer: {majority:.4g})'
-    logger.info('Best %s %.4g at step %d%s.', evaluator.metric, abs(records.best_value),
+    logger.info('Best %s %.4g at step %d%s.', evaluator.metric, records.best_value,
                 records.best_step, against)
-  logger.info('Done in %.0f s. The trained prompt: %s', result['seconds'], result['prompt'])
+  logger.info('%.0f s. The trained prompt: %s', result['seconds'], result['prompt'])
   return result

@@ -35,7 +35,8 @@ def make_train_step(model: PromptedModel, optimizer: optax.GradientTransformatio
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
 
-    finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(norm)
+    finite = (jnp.isfinite(metrics['loss']) & jnp.isfinite(norm)
+              & jnp.isfinite(optax.global_norm(trainable)))
     good = finite & (state.diverged_at < 0)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
     updated = TrainState(

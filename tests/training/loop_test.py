@@ -12,6 +12,7 @@ import pytest
 
 from prompt_tuning_jax.checkpoints.training_state import TrainingStates
 from prompt_tuning_jax.training import loop
+from prompt_tuning_jax.training.evaluate import Evaluation
 from prompt_tuning_jax.training.progress import Progress
 from prompt_tuning_jax.training.state import TrainState
 
@@ -19,6 +20,12 @@ from prompt_tuning_jax.training.state import TrainState
 def run(folder, schedule, values=(), step_hook=lambda step: None, diverge_at=None):
   """Runs the loop over a stand-in step that counts; returns what happened."""
   seen = types.SimpleNamespace(best=[], last=[], records=loop.Records())
+
+  def save(name, trainable):
+    value = (seen.records.best_step, seen.records.best_value) if name == 'best' else int(
+        trainable['w'][0])
+    getattr(seen, name).append(value)
+
   state = TrainState(jnp.zeros((), jnp.int32), {'w': jnp.zeros(2)}, (), jnp.full((), -1, jnp.int32))
 
   def step(state, frozen, batch):
@@ -26,16 +33,16 @@ def run(folder, schedule, values=(), step_hook=lambda step: None, diverge_at=Non
     at = jnp.where(batch == diverge_at, batch, state.diverged_at) if diverge_at else (
         state.diverged_at)
     metrics = {'loss': np.float32(batch)}
-    return state.replace(step=state.step + 1, diverged_at=at), metrics
+    return state.replace(step=state.step + 1, diverged_at=at,
+                         trainable={'w': state.trainable['w'] + 1}), metrics
 
   remaining = iter(values)
-  evaluate = (lambda _: (lambda v: (v, {'accuracy': v}))(next(remaining))) if values else None
+  evaluate = (lambda _: Evaluation('accuracy', {'accuracy': next(remaining)})) if values else None
   states, progress = TrainingStates(folder / 'checkpoints'), Progress(folder, schedule.train_steps)
   try:
     seen.state = loop.train(
-        state, {}, itertools.count(), step, evaluate,
-        lambda _, at, value: seen.best.append((at, value)), lambda _, at: seen.last.append(at),
-        states, progress, seen.records, schedule, 'task', batch_size=4)
+        state, {}, itertools.count(), step, evaluate, save, states, progress, seen.records,
+        schedule, 'task', batch_size=4)
   finally:
     states.close()
     progress.close()
