@@ -26,7 +26,7 @@ def evaluate(flags, prompted) -> None:
   lengths = {'inputs': flags.max_input_length, 'targets': flags.max_decode_length}
   cache = token_cache.open_or_build(task, task.eval_split, prompted.vocabulary, lengths)
   evaluator = Evaluator(prompted.predictor, cache)
-  _, values = evaluator(prompted.params)
+  values = evaluator(prompted.params).values
   if flags.output:
     with atomic_file(flags.output) as temporary, open(temporary, 'w', encoding='utf-8') as file:
       for row in evaluator.answered():

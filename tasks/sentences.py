@@ -14,8 +14,9 @@ SHARE_OF_NOVEL = 0.55
 UNSEEN_PATTERNS = 2  # the last of each label's
 
 WORDS = {
-    'who': ('my aunt', 'the old lady', 'Mr. Harding', 'the captain', 'poor Margaret', 'the stranger',
-            'my cousin', 'the young man', 'the widow', 'Lady Anne', 'the doctor', 'his wife'),
+    'who': ('my aunt', 'the old lady', 'Mr. Harding', 'the captain', 'poor Margaret',
+            'the stranger', 'my cousin', 'the young man', 'the widow', 'Lady Anne', 'the doctor',
+            'his wife'),
     'felt': ('sighed', 'trembled', 'turned pale', 'burst into tears', 'smiled sadly', 'blushed',
              'shook her head', 'looked away', 'laughed softly', 'grew silent', 'wept'),
     'how': ('with a heavy heart', 'in a low voice', 'without a word', 'as if in a dream', 'at last',
@@ -32,7 +33,8 @@ WORDS = {
              'a record label', 'the European Union'),
     'work': ('album', 'television series', 'software', 'aircraft', 'law', 'bridge', 'stadium',
              'film', 'computer', 'treaty'),
-    'year': ('1912', '1936', '1947', '1958', '1969', '1974', '1983', '1991', '1999', '2004', '2010'),
+    'year': ('1912', '1936', '1947', '1958', '1969', '1974', '1983', '1991', '1999', '2004',
+             '2010'),
     'number': ('12', '340', '1,205', '27,400', '63', '8,950', '412', '150,000'),
 }
 PATTERNS = {
