@@ -1,46 +1,101 @@
 """Measures: `python -m prompt_tuning_jax.eval --base=… --prompt=… --input=FILE or --task=NAME`."""
 
 import json
+import pathlib
 import sys
+from typing import Any
 
 from prompt_tuning_jax import verb
 
-ABOUT = ('Computes the metrics of a file ("inputs" and "targets" in every row) or of a SeqIO '
-         'task, and prints them as one JSON object. Labels, where the prompt or the task has '
-         'them, are ranked; other targets are generated.')
+ABOUT = ('Computes the metrics of a file or of a SeqIO task, and prints them as one JSON object. A '
+         'row of a file has "inputs" and "targets" (texts) or "input_tokens" and "target_tokens" '
+         '(ids ending in the end-of-sequence id). Labels, where the prompt or the task has them, '
+         'are ranked; other targets are generated.')
+
+Answered = tuple[str, dict[str, float], list[dict[str, Any]]]
 
 
 def evaluate(flags, prompted) -> None:
   """Prints the metrics; writes every example with its prediction to flags.output."""
   from prompt_tuning_jax.checkpoints.atomic_write import atomic_file
+  name, values, rows = (_task if flags.task else _file)(flags, prompted)
+  if flags.output:
+    with atomic_file(flags.output) as temporary, open(temporary, 'w', encoding='utf-8') as file:
+      for row in rows:
+        file.write(json.dumps(row, ensure_ascii=False) + '\n')
+  print(json.dumps({'task': name, **values}))
+
+
+def _task(flags, prompted) -> Answered:
+  """A SeqIO task's name, metrics, and rows with their predictions."""
   from prompt_tuning_jax.data import token_cache
   from prompt_tuning_jax.data.seqio_task import SeqioTask
-  from prompt_tuning_jax.data.text_file import TextFile
   from prompt_tuning_jax.training.evaluate import Evaluator
-  if bool(flags.task) == bool(flags.input):
-    raise ValueError('Give --input=FILE.jsonl or --task=NAME, one of the two.')
-  labels = prompted.metadata.get('labels')
-  task = (SeqioTask(flags.task, eval_split=flags.split) if flags.task else
-          TextFile(train_file=None, eval_file=flags.input, inputs='inputs', targets='targets',
-                   labels=tuple(labels) if labels else None))
+  task = SeqioTask(flags.task, eval_split=flags.split)
   lengths = {'inputs': flags.max_input_length, 'targets': flags.max_decode_length}
   cache = token_cache.open_or_build(task, task.eval_split, prompted.vocabulary, lengths)
   evaluator = Evaluator(prompted.predictor, cache)
   values = evaluator(prompted.params).values
-  if flags.output:
-    with atomic_file(flags.output) as temporary, open(temporary, 'w', encoding='utf-8') as file:
-      for row in evaluator.answered():
-        file.write(json.dumps(row, ensure_ascii=False) + '\n')
-  print(json.dumps({'task': task.name, 'examples': cache.num_examples, **values}))
+  return task.name, {'examples': cache.num_examples, **values}, evaluator.answered()
+
+
+def _file(flags, prompted) -> Answered:
+  """A file's name, metrics, and rows with their predictions."""
+  import numpy as np
+
+  from prompt_tuning_jax import jsonl, metrics
+  rows = list(jsonl.rows(flags.input))
+  if not rows:
+    raise ValueError(f'{flags.input} has no rows.')
+  inputs = [prompted.tokens(place, row, 'input', flags.max_input_length) for place, row in rows]
+  targets = [_target(prompted, place, row) for place, row in rows]
+  labels = _labels(prompted, targets)
+  for (place, _), target in zip(rows, targets, strict=True):
+    if labels and target not in labels:
+      raise ValueError(f'{place}: the target {target!r} is none of the labels {labels}.')
+  if labels:
+    ranked = prompted.predictor.rank(prompted.params, inputs, [labels] * len(inputs))
+    predictions = [labels[int(np.argmax(scores))] for scores in ranked]
+  else:
+    predictions = prompted.predictor.generate(prompted.params, inputs)
+  values = (metrics.accuracy if labels else metrics.exact_match)(targets, predictions)
+  answered = [{**row, 'prediction': text} for (_, row), text in zip(rows, predictions, strict=True)]
+  name = pathlib.Path(flags.input).name.removesuffix('.gz')
+  return pathlib.Path(name).stem, {'examples': len(rows), **values}, answered
+
+
+def _target(prompted, place: str, row: dict[str, Any]) -> str:
+  """A row's target as text. Ids of a label are that label, though it may be written otherwise."""
+  ids = prompted.tokens(place, row, 'target').tolist()
+  if row.get('target_tokens') is None:
+    return row['targets'].strip()
+  end = [prompted.vocabulary.eos_id]
+  for label in prompted.metadata.get('labels') or ():
+    if prompted.vocabulary.encode(label) + end == ids:
+      return label
+  return prompted.vocabulary.decode(ids).strip()
+
+
+def _labels(prompted, targets: list[str]) -> list[str]:
+  """The prompt's labels; [] is free text. Without a prompt that tells, what the targets are."""
+  import collections
+
+  from prompt_tuning_jax.data import text_file
+  if prompted.metadata:
+    return prompted.metadata.get('labels') or []
+  return text_file.labels_among(collections.Counter(targets))
 
 
 def main(argv: list[str]) -> int:
   """Returns the exit status."""
   made = verb.parser('eval', ABOUT)
-  made.add_argument('--input', metavar='FILE.jsonl', help='one JSON object a line')
-  made.add_argument('--task', metavar='NAME', help='a SeqIO task, such as sst2')
+  what = made.add_mutually_exclusive_group(required=True)
+  what.add_argument('--input', type=verb.path, metavar='FILE.jsonl',
+                    help='one JSON object a line (or .csv, .tsv; also .gz)')
+  what.add_argument('--task', metavar='NAME', help='a SeqIO task, such as sst2')
   made.add_argument('--split', default='validation', help="the task's split (default validation)")
-  made.add_argument('--output', metavar='FILE.jsonl', help='every example with its "prediction"')
+  made.add_argument('--output', type=verb.path, metavar='FILE.jsonl',
+                    help='every example with its "prediction"')
   return verb.run(made, argv, evaluate)
 
 

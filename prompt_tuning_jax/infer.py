@@ -18,7 +18,7 @@ def infer(flags, prompted) -> None:
     return [{'prediction': text} for text in texts]
 
   count = jsonl.answer_file(flags.input, flags.output, answer)
-  print(f'{count} predictions in {flags.output}')
+  print(f'{count} predictions in {flags.output}', file=sys.stderr)
 
 
 def main(argv: list[str]) -> int:

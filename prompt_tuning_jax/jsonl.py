@@ -5,28 +5,21 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from prompt_tuning_jax.checkpoints.atomic_write import atomic_file
+from prompt_tuning_jax.data import text_file
 
 CHUNK = 4096  # rows in memory at a time
 Row = dict[str, Any]
 
 
 def rows(path: str) -> Iterator[tuple[str, Row]]:
-  """('FILE:LINE', object) of every line that is not blank; ValueError names the first bad one."""
-  number = 0
-  try:
-    with open(path, encoding='utf-8') as file:
-      for number, line in enumerate(file, 1):
-        if line.strip():
-          row = json.loads(line)
-          if not isinstance(row, dict):
-            raise ValueError(f'{path}:{number}: expected a JSON object, got {line.strip()[:40]!r}.')
-          yield f'{path}:{number}', row
-  except json.JSONDecodeError as error:
-    raise ValueError(f'{path}:{number}: not JSON: {error.msg}.') from None
-  except UnicodeDecodeError:
-    raise ValueError(f'{path}:{number + 1}: not UTF-8.') from None
-  except OSError as error:
-    raise ValueError(f'Cannot read {path}: {error.strerror}.') from None
+  """('FILE, line N', fields) of every row of JSON lines (or CSV, TSV, .gz, as the name says).
+
+  Raises:
+    ValueError: naming the first row that cannot be read, or not be written again.
+  """
+  for place, row in text_file.read_rows(path, otherwise='JSON'):
+    _line(place, row)
+    yield place, row
 
 
 def answer_file(source: str, target: str,
@@ -39,8 +32,8 @@ def answer_file(source: str, target: str,
   with atomic_file(target) as temporary, open(temporary, 'w', encoding='utf-8') as file:
 
     def flush():
-      for (_, row), added in zip(part, answer(part), strict=True):
-        file.write(json.dumps({**row, **added}, ensure_ascii=False) + '\n')
+      for (place, row), added in zip(part, answer(part), strict=True):
+        file.write(_line(place, {**row, **added}))
       file.flush()
       part.clear()
 
@@ -54,3 +47,14 @@ def answer_file(source: str, target: str,
     if not count:
       raise ValueError(f'{source} has no rows.')
   return count
+
+
+def _line(place: str, row: Row) -> str:
+  try:
+    text = json.dumps(row, ensure_ascii=False) + '\n'
+    text.encode('utf-8')
+  except UnicodeEncodeError:
+    raise ValueError(f'{place}: half a surrogate pair, which is no character.') from None
+  except RecursionError:
+    raise ValueError(f'{place}: brackets are nested too deeply.') from None
+  return text

@@ -9,6 +9,7 @@ from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.checkpoints import base_checkpoint, prompt_file
 from prompt_tuning_jax.data.vocabulary import Vocabulary
 from prompt_tuning_jax.networks import t5
+from prompt_tuning_jax.partitioning import Partitioner
 from prompt_tuning_jax.predictor import Predictor
 from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts.soft_prompt import SoftPrompt
@@ -51,9 +52,16 @@ class PromptedBase:
 def load(base: str, prompt: str | None = None, *, network: t5.T5Config | None = None,
          vocabulary_file: str | None = None, dtype: str = 'float32', batch_size: int = 32,
          max_decode_length: int = 64) -> PromptedBase:
-  """Reads base and prompt, and checks that they belong together (ValueError if not)."""
+  """Reads base and prompt, and checks that they belong together (ValueError if not).
+
+  Every device has a copy of the base. `batch_size` is rounded up to a multiple of the devices.
+  """
+  file = prompt_file.load(prompt) if prompt else None
+  partitioner = Partitioner()
+  batch_size += -batch_size % partitioner.mesh.size
   loaded = base_checkpoint.load_base(base, config=network, vocabulary_file=vocabulary_file,
-                                     dtype=dtype)
+                                     dtype=dtype,
+                                     sharding_for=partitioner.sharding_for(t5.logical_axes))
   if loaded.vocabulary is None:
     raise ValueError(f'The base {base} brings no vocabulary: give its SentencePiece file with '
                      '--vocabulary.')
@@ -61,13 +69,12 @@ def load(base: str, prompt: str | None = None, *, network: t5.T5Config | None = 
   config = dataclasses.replace(loaded.config, dtype=dtype)
   module = virtual = None
   params, metadata = loaded.params, {}
-  if prompt:
-    file = prompt_file.load(prompt)
+  if file:
     prompt_file.check(file, loaded)
     length = len(file.params.get(prompt_file.EMBEDDING, ()))
     module, metadata = SoftPrompt(length, config.emb_dim), file.metadata
     virtual = VirtualTokens(config.vocab_size, length, metadata.get('placement', 'before'))
     params = param_paths.merge(params, param_paths.unflatten(file.params))
   predictor = Predictor(PromptedModel(t5.Transformer(config), module), vocabulary, virtual,
-                        batch_size, max_decode_length)
+                        batch_size, max_decode_length, partitioner)
   return PromptedBase(predictor, params, vocabulary, metadata)

@@ -20,7 +20,7 @@ def score(flags, prompted) -> None:
     return [{'log_likelihood': float(value)} for value in scores]
 
   count = jsonl.answer_file(flags.input, flags.output, answer)
-  print(f'{count} scores in {flags.output}')
+  print(f'{count} scores in {flags.output}', file=sys.stderr)
 
 
 def main(argv: list[str]) -> int:

@@ -1,7 +1,8 @@
 """Trains a SentencePiece vocabulary: `python -m prompt_tuning_jax.train_vocabulary --input=…`."""
 
-import argparse
 import sys
+
+from prompt_tuning_jax import verb
 
 ABOUT = ("Trains a unigram SentencePiece vocabulary with T5's special ids (0 padding, 1 end, 2 "
          'unknown) from plain text, a line a sentence.')
@@ -26,26 +27,29 @@ def lines(paths: list[str], every: int):
 
 def main(argv: list[str]) -> int:
   """Returns the exit status."""
-  parser = argparse.ArgumentParser(prog='python -m prompt_tuning_jax.train_vocabulary',
-                                   allow_abbrev=False, description=ABOUT)
-  parser.add_argument('--input', required=True, nargs='+', metavar='FILE',
+  parser = verb.bare_parser('train_vocabulary', ABOUT)
+  parser.add_argument('--input', required=True, nargs='+', type=verb.path, metavar='FILE',
                       help='text files, UTF-8, also .gz and .xz')
-  parser.add_argument('--output', required=True, metavar='FILE', help='such as spiece.model')
+  parser.add_argument('--output', required=True, type=verb.path, metavar='FILE',
+                      help='such as spiece.model')
   parser.add_argument('--pieces', type=int, default=8000, metavar='N',
                       help='size without the sentinels (default 8000)')
   parser.add_argument('--every', type=int, default=1, metavar='N',
                       help='read every N-th line only (default 1)')
   flags = parser.parse_args(argv)
-  from prompt_tuning_jax.data.vocabulary import train_vocabulary
-  try:
+
+  def work() -> None:
     if flags.pieces < 1 or flags.every < 1:
       raise ValueError('--pieces and --every must be at least 1.')
-    made = train_vocabulary(lines(flags.input, flags.every), flags.output, flags.pieces)
-  except ValueError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 1
-  print(f'{made.size - made.extra_ids} pieces and {made.extra_ids} sentinels in {flags.output}')
-  return 0
+    verb.check_files(flags.input, flags.output)
+    from prompt_tuning_jax.checkpoints.atomic_write import atomic_file
+    from prompt_tuning_jax.data.vocabulary import train_vocabulary
+    with atomic_file(flags.output) as temporary:
+      made = train_vocabulary(lines(flags.input, flags.every), temporary, flags.pieces)
+      size = made.size  # reads the file, so before it gets its name
+    print(f'{size - made.extra_ids} pieces and {made.extra_ids} sentinels in {flags.output}')
+
+  return verb.exit_status(work)
 
 
 if __name__ == '__main__':

@@ -1,23 +1,35 @@
-"""What the verbs eval, infer and score have in common: flags, loading, errors of one line."""
+"""What the verbs other than train have in common: flags, checks, loading, errors of one line."""
 
 import argparse
 import os
+import pathlib
 import sys
 from collections.abc import Callable
 
 from prompt_tuning_jax import launch
 
+path = os.path.expanduser  # the type of a flag: a shell leaves `--output=~/file` alone
 
-def parser(name: str, description: str) -> argparse.ArgumentParser:
-  """The shared flags."""
+
+def bare_parser(name: str, description: str) -> argparse.ArgumentParser:
+  """A parser without flags; a wrong command is one line and status 2."""
   made = argparse.ArgumentParser(prog=f'python -m prompt_tuning_jax.{name}', allow_abbrev=False,
                                  description=description)
+  made.error = lambda message: sys.exit(launch._refuse(message, 2))
+  return made
+
+
+def parser(name: str, description: str) -> argparse.ArgumentParser:
+  """The shared flags of verbs that load a base."""
+  made = bare_parser(name, description)
   add = made.add_argument
   add('--base', required=True, metavar='NAME_OR_FOLDER',
       help='a bundled base (mini), or a T5X or Hugging Face folder')
-  add('--prompt', metavar='FILE', help='a prompt file; without it the base answers unprompted')
+  add('--prompt', type=path, metavar='FILE',
+      help='a prompt file; without it the base answers unprompted')
   add('--network', metavar='NAME', help='such as t5_1_1_base, for a T5X folder')
-  add('--vocabulary', metavar='FILE', help="the base's SentencePiece file, if it is not beside it")
+  add('--vocabulary', type=path, metavar='FILE',
+      help="the base's SentencePiece file, if it is not beside it")
   add('--dtype', default='float32', choices=('float32', 'bfloat16'))
   add('--batch_size', type=int, default=32, metavar='N')
   add('--max_input_length', type=int, default=512, metavar='TOKENS',
@@ -29,8 +41,9 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
 
 def file_flags(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
   """The flags of verbs that answer a file."""
-  made.add_argument('--input', required=True, metavar='FILE.jsonl', help='one JSON object a line')
-  made.add_argument('--output', required=True, metavar='FILE.jsonl',
+  made.add_argument('--input', required=True, type=path, metavar='FILE.jsonl',
+                    help='one JSON object a line (or .csv, .tsv; also .gz)')
+  made.add_argument('--output', required=True, type=path, metavar='FILE.jsonl',
                     help='the same rows with the answers added')
   return made
 
@@ -39,19 +52,55 @@ def run(made: argparse.ArgumentParser, argv: list[str], body: Callable) -> int:
   """Parses `argv`, loads base and prompt, calls body(flags, prompted_base); the exit status."""
   flags = made.parse_args(argv)
   launch.set_up_process()
-  try:
+
+  def work() -> None:
     for name in ('batch_size', 'max_input_length', 'max_decode_length'):
       if getattr(flags, name) < 1:
         raise ValueError(f'--{name} must be at least 1, got {getattr(flags, name)}.')
+    check_files([flags.input] if flags.input else [], flags.output)
     from prompt_tuning_jax import prompted_base
     network = launch.network_named(flags.network) if flags.network else None
-    loaded = prompted_base.load(
+    body(flags, prompted_base.load(
         flags.base, flags.prompt, network=network, vocabulary_file=flags.vocabulary,
-        dtype=flags.dtype, batch_size=flags.batch_size, max_decode_length=flags.max_decode_length)
-    body(flags, loaded)
+        dtype=flags.dtype, batch_size=flags.batch_size,
+        max_decode_length=flags.max_decode_length))
+
+  return exit_status(work)
+
+
+def exit_status(work: Callable[[], None]) -> int:
+  """0, or 1 and one line on stderr for an error that we raised or that a file made.
+
+  Any other exception keeps its traceback, and so does every one under
+  $PROMPT_TUNING_JAX_TRACEBACK.
+  """
+  try:
+    work()
   except (ValueError, OSError) as error:
-    if os.environ.get('PROMPT_TUNING_JAX_TRACEBACK'):
+    is_told = isinstance(error, OSError) or launch._is_ours(error)
+    if not is_told or os.environ.get('PROMPT_TUNING_JAX_TRACEBACK'):
       raise
-    print(f'error: {error}', file=sys.stderr)
-    return 1
+    return launch._refuse(error, 1)
   return 0
+
+
+def check_files(inputs: list[str], output: str | None) -> None:
+  """Raises ValueError, before anything slow, for a file that cannot be read or written."""
+  for name in inputs:
+    file = pathlib.Path(name)
+    if not file.exists():
+      raise ValueError(f'There is no file {name}.')
+    if file.is_dir() or not os.access(file, os.R_OK):
+      raise ValueError(f'Cannot read {name}: it is a folder, or you may not.')
+  if output is None:
+    return
+  file = pathlib.Path(output)
+  if file.is_dir():
+    raise ValueError(f'Cannot write {output}: it is a folder.')
+  place = file
+  if file.is_file() or not file.exists():  # it is made in its folder, which may be made as well
+    place = next(parent for parent in file.resolve().parents if parent.exists())
+    if not place.is_dir():
+      raise ValueError(f'Cannot write {output}: {place} is no folder.')
+  if not os.access(place, os.W_OK):
+    raise ValueError(f'Cannot write {output}: you may not write to {place}.')

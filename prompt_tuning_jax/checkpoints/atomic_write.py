@@ -12,8 +12,16 @@ Path = str | os.PathLike
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[pathlib.Path]:
-  """Gives a temporary sibling to write; on success it replaces `path`, on an error it goes."""
+  """Gives a temporary sibling to write; on success it replaces `path`, on an error it goes.
+
+  A link stays, the file it names is replaced. What is no regular file, such as /dev/stdout, is
+  given itself.
+  """
   path = pathlib.Path(path)
+  if path.exists() and not path.is_file():
+    yield path
+    return
+  path = path.resolve()
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
   try:

@@ -47,7 +47,7 @@ def load_base(name_or_folder: str | os.PathLike, *, config: T5Config | None = No
   parameters, None as stored; `config.dtype`, of activations, is the caller's to replace.
   `sharding_for(path, shape)` places each leaf, by default on the first device. `config` and
   `vocabulary_file` ('bytes' for ByT5) override what the folder says. Raises ValueError naming
-  all leaves that are missing, extra, misshaped or damaged.
+  all leaves that are missing, extra, misshaped or damaged, or a vocabulary too large for the base.
   """
   folder = _locate(os.path.expanduser(os.fspath(name_or_folder)))
   if t5x_legacy.is_folder(folder):
@@ -60,12 +60,14 @@ def load_base(name_or_folder: str | os.PathLike, *, config: T5Config | None = No
   vocabulary = _vocabulary(folder, vocabulary_file)
   shapes = {path: spec.shape for path, spec in parameter_specs(config).items()}
   params = stored_leaf.load(stored, shapes, folder, dtype, sharding_for, name_of)
+  _check_size(folder, config, vocabulary)
   return Base(_short_name(folder), config, params, vocabulary, fingerprint(params))
 
 
 def random_base(config: T5Config, vocabulary_file: str, seed: int = 0) -> Base:
   """A base of random float32 weights, T5X's initialisation: where pretraining starts."""
   vocabulary = _vocabulary('', vocabulary_file)
+  _check_size('to be', config, vocabulary)
   token = jnp.ones((1, 1), jnp.int32)
   init = jax.jit(lambda key: Transformer(config).init(key, token, token, token)['params'])
   params = init(jax.random.key(seed))
@@ -100,17 +102,32 @@ def _config_beside(folder: str) -> T5Config | None:
 
 def _vocabulary(folder: str, given: str | VocabularyFile | None) -> VocabularyFile | None:
   if isinstance(given, str | os.PathLike):
-    given = VocabularyFile(os.fspath(given), 125 if given == hf_config.BYTES else 100)
+    name = os.path.expanduser(os.fspath(given))
+    made = VocabularyFile(name, 125 if name == hf_config.BYTES else 100)
+    return hf_config.without_double_sentinels(_existing(made))
   if given is not None:
-    is_local = given.file != hf_config.BYTES and '://' not in given.file
-    if is_local and not os.path.isfile(given.file):
-      raise ValueError(f'There is no vocabulary file {given.file}.')
-    return given
+    return _existing(given)
   if folder.startswith('gs://'):
     return None
   path = pathlib.Path(folder)
   config = hf_config.read_json(path / 'config.json') if hf_safetensors.is_folder(path) else {}
   return hf_config.find_vocabulary(path, config.get('model_type', 't5'))
+
+
+def _existing(vocabulary: VocabularyFile) -> VocabularyFile:
+  is_local = vocabulary.file != hf_config.BYTES and '://' not in vocabulary.file
+  if is_local and not os.path.isfile(vocabulary.file):
+    raise ValueError(f'There is no vocabulary file {vocabulary.file}.')
+  return vocabulary
+
+
+def _check_size(folder: str, config: T5Config, vocabulary: VocabularyFile | None):
+  """Raises ValueError where a vocabulary has ids that the embedding table has no rows for."""
+  size = vocabulary and vocabulary.size
+  if size and size > config.vocab_size:
+    raise ValueError(f'The vocabulary {vocabulary.file} has {size} ids, {vocabulary.extra_ids} '
+                     f'extra ids among them, but the base {folder} has {config.vocab_size} '
+                     'embedding rows: give the vocabulary it was trained with.')
 
 
 def _short_name(folder: str) -> str:

@@ -1,19 +1,21 @@
 """What lies beside the weights in a Hugging Face folder: config.json and the vocabulary."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
+import sentencepiece
 from etils import epath
 
 from prompt_tuning_jax.networks.t5 import T5Config
 
 BYTES = 'bytes'  # in place of a vocabulary file: ByT5's vocabulary of bytes
+BYTE_IDS = 3 + 256  # padding, end and unknown, then the bytes
 VOCABULARY_FILES = ('spiece.model', 'sentencepiece.model', 'tokenizer.model')
 MODEL_TYPES = ('t5', 'mt5')
 LAYER_NORM_EPSILON = 1e-6
@@ -35,12 +37,43 @@ class VocabularyFile:
   file: str
   extra_ids: int = 100
 
-  @property
+  @functools.cached_property
+  def content(self) -> bytes:
+    """The file's bytes, read once; b'' for the byte vocabulary."""
+    if self.file == BYTES:
+      return b''
+    try:
+      return epath.Path(self.file).read_bytes()
+    except (OSError, NotImplementedError, ImportError) as error:
+      raise ValueError(f'Cannot read the vocabulary {self.file}: {error}.') from error
+
+  @functools.cached_property
   def sha256(self) -> str:
     """Of the file's content; 'bytes' for the byte vocabulary."""
+    return BYTES if self.file == BYTES else hashlib.sha256(self.content).hexdigest()
+
+  @property
+  def size(self) -> int | None:
+    """Number of ids, extra ids included; None if the file is no SentencePiece model."""
     if self.file == BYTES:
-      return BYTES
-    return hashlib.sha256(epath.Path(self.file).read_bytes()).hexdigest()
+      return BYTE_IDS + self.extra_ids
+    return self._pieces and self._pieces.get_piece_size() + self.extra_ids
+
+  @property
+  def has_sentinels(self) -> bool:
+    """Whether the model's own pieces hold <extra_id_0>, as mT5's do: then it needs no extra ids.
+    """
+    model = self._pieces
+    return model is not None and any(model.piece_to_id(f'{space}<extra_id_0>') != model.unk_id()
+                                     for space in ('', '▁'))
+
+  @functools.cached_property
+  def _pieces(self) -> sentencepiece.SentencePieceProcessor | None:
+    model = sentencepiece.SentencePieceProcessor()
+    try:
+      return model if self.content and model.LoadFromSerializedProto(self.content) else None
+    except RuntimeError:
+      return None  # `data.vocabulary` says so when it is used.
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -146,18 +179,24 @@ def find_vocabulary(folder: pathlib.Path, model_type: str = 't5') -> VocabularyF
     return VocabularyFile(BYTES, extra_ids)
   for name in VOCABULARY_FILES:
     if (folder / name).is_file():
-      return VocabularyFile(os.fspath(folder / name), extra_ids)
+      return without_double_sentinels(VocabularyFile(os.fspath(folder / name), extra_ids))
   return None
 
 
-def write_beside(folder: pathlib.Path, config: T5Config, dtype: str, vocabulary: Any = None):
+def without_double_sentinels(vocabulary: VocabularyFile) -> VocabularyFile:
+  """The vocabulary, with no extra ids where the model's own pieces hold the sentinels."""
+  return dataclasses.replace(vocabulary, extra_ids=0) if vocabulary.has_sentinels else vocabulary
+
+
+def write_beside(folder: pathlib.Path, config: T5Config, dtype: str,
+                 vocabulary: VocabularyFile | None = None):
   """Writes config.json and, given a `vocabulary` (file, extra_ids), the tokenizer's files."""
   _write_json(folder / 'config.json', config_json(config, dtype))
   if vocabulary is None:
     return
   is_bytes = vocabulary.file == BYTES
   if not is_bytes:
-    shutil.copyfile(vocabulary.file, folder / VOCABULARY_FILES[0])
+    (folder / VOCABULARY_FILES[0]).write_bytes(vocabulary.content)
   _write_json(folder / 'tokenizer_config.json', {
       'tokenizer_class': 'ByT5Tokenizer' if is_bytes else 'T5Tokenizer',
       'extra_ids': vocabulary.extra_ids, 'eos_token': '</s>', 'pad_token': '<pad>',

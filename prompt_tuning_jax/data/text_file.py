@@ -136,8 +136,7 @@ class TextFile:
         seen[target] += 1
     labels = self.labels
     if labels is None:
-      found = 2 <= len(seen) <= MOST_LABELS and min(seen.values()) > 1
-      labels = sorted(seen) if found else ()
+      labels = labels_among(seen)
       logger.info('Labels found in %s: %s.', path, ', '.join(labels) or 'none, targets are text')
     if not hold_out:
       return _label_map(labels), None
@@ -179,13 +178,22 @@ class TextFile:
     return _template(self.targets)
 
 
-def read_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def labels_among(counts: Mapping[str, int]) -> list[str]:
+  """Targets that are labels: few, and each seen more than once; [] if they are free text."""
+  found = 2 <= len(counts) <= MOST_LABELS and min(counts.values()) > 1
+  return sorted(counts) if found else []
+
+
+def read_rows(path: str, otherwise: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
   """('FILE, line N', fields) of every row of a JSON-lines, CSV or TSV file.
+
+  Args:
+    otherwise: 'JSON', 'CSV' or 'TSV' for a file whose name does not tell; None refuses it.
 
   Raises:
     ValueError: naming the file and the line that cannot be read.
   """
-  kind = _format(path)
+  kind = _format(path, otherwise)
   lines = _lines(path)
   if kind == 'JSON':
     yield from _json_rows(path, lines)
@@ -219,7 +227,7 @@ def _json_rows(path: str, lines: Iterator[str]) -> Iterator[tuple[str, dict[str,
       continue
     try:
       row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: a number of too many digits, too.
       raise ValueError(f'{path}, line {number}: not JSON ({error}); expected one object a line.'
                        ) from None
     if not isinstance(row, dict):
@@ -242,8 +250,8 @@ def _lines(path: str) -> Iterator[str]:
     raise ValueError(f'{path}, after line {number}: cannot be read: {error}.') from error
 
 
-def _format(path: str) -> str:
-  kind = FORMATS.get(pathlib.Path(path.removesuffix('.gz')).suffix.lower())
+def _format(path: str, otherwise: str | None = None) -> str:
+  kind = FORMATS.get(pathlib.Path(path.removesuffix('.gz')).suffix.lower(), otherwise)
   if kind is None:
     raise ValueError(f'{path}: expected a file ending in {", ".join(FORMATS)}, or one of these '
                      'and .gz.')

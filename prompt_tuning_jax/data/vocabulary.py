@@ -8,6 +8,7 @@ sequence, 2 is unknown, and the sentinels stand behind the pieces in falling ord
 import dataclasses
 import functools
 import hashlib
+import io
 import itertools
 import pathlib
 import struct
@@ -148,17 +149,18 @@ def train_vocabulary(texts: Iterable[str], path: str | pathlib.Path, pieces: int
   first = next(texts, None)
   if first is None:
     raise ValueError('A vocabulary needs texts to be trained on, got none.')
+  model = io.BytesIO()  # A file that exists stays as it is until the training has succeeded.
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=itertools.chain([first], texts), model_writer=model, vocab_size=pieces,
+        model_type='unigram', pad_id=PAD, eos_id=EOS, unk_id=UNK, bos_id=-1,
+        character_coverage=character_coverage, hard_vocab_limit=False, minloglevel=2)
+  except RuntimeError as error:
+    raise ValueError(f'SentencePiece cannot train {pieces} pieces on these texts: {error}. '
+                     'Ask for other pieces or give more text.') from error
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  with open(path, 'wb') as file:
-    try:
-      sentencepiece.SentencePieceTrainer.train(
-          sentence_iterator=itertools.chain([first], texts), model_writer=file, vocab_size=pieces,
-          model_type='unigram', pad_id=PAD, eos_id=EOS, unk_id=UNK, bos_id=-1,
-          character_coverage=character_coverage, hard_vocab_limit=False, minloglevel=2)
-    except RuntimeError as error:
-      raise ValueError(f'SentencePiece cannot train {pieces} pieces on these texts: {error}. '
-                       'Ask for other pieces or give more text.') from error
+  path.write_bytes(model.getvalue())
   return Vocabulary(str(path))
 
 

@@ -61,7 +61,7 @@ class ClassLabels:
   fallback: SampledVocabulary = SampledVocabulary()
 
   def __call__(self, key, length: int, table: Array, vocabulary: Vocabulary | None) -> Array:
-    if not self.labels or isinstance(self.labels, str):
+    if not isinstance(self.labels, list | tuple) or not self.labels:
       raise ValueError("CLASS_LABELS should be a list of texts such as ('negative', 'positive'), "
                        f'got {self.labels!r}.')
     rows = []
@@ -98,6 +98,9 @@ class FromArray:
 
 
 def _encode(vocabulary: Vocabulary | None, text: str, table: Array) -> list[int]:
+  if not isinstance(text, str):
+    raise ValueError(f'A prompt starts from labels or text, expected a text, got {text!r}: put it '
+                     'in quotes.')
   if vocabulary is None:
     raise ValueError(f'To start a prompt from {text!r} the vocabulary of the base is needed: '
                      'give its SentencePiece file with VOCABULARY.')

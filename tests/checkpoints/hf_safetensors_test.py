@@ -267,7 +267,9 @@ def test_vocabulary_travels_with_the_folder(tmp_path):
   found = load_base(tmp_path / 'a').vocabulary
   assert found == VocabularyFile(str(tmp_path / 'a/spiece.model'), 7)
   assert found.sha256 == vocabulary.sha256
-  hf_safetensors.write(tmp_path / 'b', T5_1_0, params, vocabulary=VocabularyFile('bytes', 125))
+  wide = dataclasses.replace(T5_1_0, vocab_size=3 + 256 + 125)
+  hf_safetensors.write(tmp_path / 'b', wide, random_params(wide),
+                       vocabulary=VocabularyFile('bytes', 125))
   assert load_base(tmp_path / 'b').vocabulary == VocabularyFile('bytes', 125)
   assert VocabularyFile('bytes').sha256 == 'bytes'
   (tmp_path / 'b/tokenizer_config.json').unlink()

@@ -166,10 +166,10 @@ def test_eval_gives_the_accuracy_that_training_saw(finished, tmp_path, tiny_base
 
 
 @pytest.mark.parametrize('row, message', [
-    ('{"inputs": 3}', r'rows.jsonl:1: expected text in "inputs"'),
-    ('[1]', r'rows.jsonl:1: expected a JSON object'),
-    ('{"inputs": ', r'rows.jsonl:1: not JSON'),
-    ('{"input_tokens": [5, 99999]}', r'rows.jsonl:1: input_tokens should be'),
+    ('{"inputs": 3}', r'rows.jsonl, line 1: expected text in "inputs"'),
+    ('[1]', r'rows.jsonl, line 1: expected a JSON object'),
+    ('{"inputs": ', r'rows.jsonl, line 1: not JSON'),
+    ('{"input_tokens": [5, 99999]}', r'rows.jsonl, line 1: input_tokens should be'),
     ('', 'has no rows')])
 def test_a_bad_row_is_one_line_and_nothing_is_written(tmp_path, tiny_base, capsys, row, message):
   (tmp_path / 'rows.jsonl').write_text(row + '\n', encoding='utf-8')
