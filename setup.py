@@ -59,11 +59,15 @@ setup(
     extras_require={
         'tpu': ['jax[tpu]'],
         'cuda': ['jax[cuda12]'],
+        # What generated text is measured with: BLEU and ROUGE.
+        'metrics': ['rouge-score', 'sacrebleu'],
         'test': [
             'peft',
             'pytest',
             'pytest-timeout',
+            'rouge-score',
             'ruff',
+            'sacrebleu',
             'safetensors',
             'scikit-learn',
             'setuptools>=68',

@@ -1,12 +1,17 @@
-"""The benchmarks' metrics, on class ids or texts; functions (targets, predictions) -> percents.
+"""The benchmarks' metrics, functions (targets, predictions) -> percents.
 
-Plain NumPy, without SeqIO or TensorFlow: evaluation finds them by name. A prediction that is no
-class (-1) is wrong. All are larger when better, in percent.
+They compare what a task's postprocessor gives: class ids, unless they say something else. Plain
+NumPy, without SeqIO or TensorFlow: evaluation finds them by name. A prediction that is no class
+(-1) is wrong. All are larger when better, in percent.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
+
+from prompt_tuning_jax.tasks.answers import normalize_answer, token_f1
+
+HIGHEST_SIMILARITY = 5.0  # STS-B's scores begin at 0.
 
 
 def accuracy(targets: Sequence, predictions: Sequence) -> dict[str, float]:
@@ -33,7 +38,7 @@ def mean_f1(targets: Sequence[int], predictions: Sequence[int]) -> dict[str, flo
 
 
 def matthews_correlation(targets: Sequence[int], predictions: Sequence[int]) -> dict[str, float]:
-  """Matthews' correlation of two or more classes (CoLA); 0 where one side is constant."""
+  """Matthews' correlation of two or more classes (CoLA, AX-b); 0 where one side is constant."""
   _check(targets, predictions)
   targets, predictions = np.asarray(targets), np.asarray(predictions)
   classes = np.union1d(targets, predictions)
@@ -45,6 +50,84 @@ def matthews_correlation(targets: Sequence[int], predictions: Sequence[int]) -> 
   deviations = np.sqrt((true * true).sum() * (guess * guess).sum())
   value = (true * guess).sum() / deviations if deviations > 0 else 0.0
   return {'matthews_correlation': 100.0 * float(value)}
+
+
+def pearson_correlation(targets: Sequence[float],
+                        predictions: Sequence[float]) -> dict[str, float]:
+  """Pearson's correlation of scores from 0 to 5 (STS-B); 0 where one side is constant.
+
+  A prediction below 0 is none and counts as the end of the scale that is farther from the target.
+  """
+  _check(targets, predictions)
+  return {'pearson_correlation': 100.0 * _correlation(*_scores(targets, predictions))}
+
+
+def spearman_correlation(targets: Sequence[float],
+                         predictions: Sequence[float]) -> dict[str, float]:
+  """The same for ranks, equal scores sharing the mean of theirs (STS-B)."""
+  _check(targets, predictions)
+  ranks = map(_ranks, _scores(targets, predictions))
+  return {'spearman_correlation': 100.0 * _correlation(*ranks)}
+
+
+def f1_of_answers(targets: Sequence[dict], predictions: Sequence[dict]) -> dict[str, float]:
+  """F1 of label 1 over all answers of all questions (MultiRC's F1a)."""
+  _check(targets, predictions)
+  labels = ([side['label'] for side in sides] for sides in (targets, predictions))
+  return {'f1a': 100.0 * _f1_of_class(*map(np.asarray, labels), 1)}
+
+
+def exact_match_of_questions(targets: Sequence[dict],
+                             predictions: Sequence[dict]) -> dict[str, float]:
+  """Share of groups, the questions, whose answers all have the right label (MultiRC's EM)."""
+  _check(targets, predictions)
+  right = {}
+  for target, prediction in zip(targets, predictions, strict=True):
+    question = str(target['group'])
+    right[question] = right.get(question, True) and target['label'] == prediction['label']
+  return {'exact_match': 100.0 * float(np.mean(list(right.values())))}
+
+
+def gender_parity(targets: Sequence[dict], predictions: Sequence[dict]) -> dict[str, float]:
+  """Share of pairs whose two predictions are the same label, right or wrong (AX-g).
+
+  Examples whose partner is missing do not count; without any pair there is no such metric.
+  """
+  _check(targets, predictions)
+  groups = {}
+  for prediction in predictions:
+    groups.setdefault(str(prediction['group']), []).append(prediction['label'])
+  same = [labels[0] == labels[1] != -1 for labels in groups.values() if len(labels) == 2]
+  return {'gender_parity': 100.0 * float(np.mean(same))} if same else {}
+
+
+def record_em_f1(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[str, float]:
+  """Exact match and F1 of words with the best of an example's answers (ReCoRD)."""
+  _check(targets, predictions)
+  pairs = list(zip(targets, predictions, strict=True))
+  exact = [any(normalize_answer(answer) == normalize_answer(text) for answer in answers)
+           for answers, text in pairs]
+  best = [max((token_f1(text, answer) for answer in answers), default=0.0)
+          for answers, text in pairs]
+  return {'exact_match': 100.0 * float(np.mean(exact)), 'f1': 100.0 * float(np.mean(best))}
+
+
+def _scores(targets: Sequence[float], predictions: Sequence[float]) -> tuple[np.ndarray, ...]:
+  targets, predictions = np.asarray(targets, np.float64), np.asarray(predictions, np.float64)
+  farther = np.where(targets < HIGHEST_SIMILARITY / 2, HIGHEST_SIMILARITY, 0.0)
+  return targets, np.where(predictions < 0, farther, predictions)
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+  _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+  return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
+def _correlation(xs: np.ndarray, ys: np.ndarray) -> float:
+  if len({*xs.tolist()}) == 1 or len({*ys.tolist()}) == 1:
+    return 0.0
+  xs, ys = xs - xs.mean(), ys - ys.mean()
+  return float((xs * ys).sum() / np.sqrt((xs * xs).sum() * (ys * ys).sum()))
 
 
 def _f1_of_class(targets: np.ndarray, predictions: np.ndarray, positive: int) -> float:

@@ -1,7 +1,8 @@
 """T5's self-supervised objectives on arrays of tokens: span corruption and prefix LM.
 
 Pure functions of tokens and a NumPy generator (Raffel et al. 2020, sections 3.1.4 and 3.3.4;
-Lester et al. 2021, section 2.2). Rows of one length are corrupted together.
+Lester et al. 2021, section 2.2). Rows of one length are corrupted together. Needs neither SeqIO
+nor TensorFlow.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,20 +29,22 @@ def noise_counts(length: int, noise_density: float = NOISE_DENSITY,
 
 
 def raw_length(inputs_length: int, targets_length: int, noise_density: float = NOISE_DENSITY,
-               mean_span_length: float = MEAN_SPAN_LENGTH) -> int:
+               mean_span_length: float = MEAN_SPAN_LENGTH, target_sentinels: bool = True) -> int:
   """The longest text whose corrupted inputs and targets, with EOS, fit the two lengths.
 
-  T5's 512 and 114 tokens come from 568.
+  T5's 512 and 114 tokens come from 568; without sentinels those targets are 86 tokens.
   """
   fits = 0
   for length in range(2, 2 * (inputs_length + targets_length)):
     noise, spans = noise_counts(length, noise_density, mean_span_length)
-    if length - noise + spans + 1 > inputs_length or noise + spans + 1 > targets_length:
+    targets = noise + spans * target_sentinels + 1
+    if length - noise + spans + 1 > inputs_length or targets > targets_length:
       break
     fits = length
   if not fits:
-    raise ValueError('Span corruption needs lengths of at least 3 inputs and 3 targets, got '
-                     f'{inputs_length} and {targets_length}: raise the task feature lengths.')
+    raise ValueError(f'Span corruption needs lengths of at least 3 inputs and '
+                     f'{2 + target_sentinels} targets, got {inputs_length} and {targets_length}: '
+                     'raise the task feature lengths.')
   return fits
 
 
@@ -82,8 +85,21 @@ def span_corruption(tokens: np.ndarray, mask: np.ndarray,
   inputs = np.where(starts, sentinels, tokens)[starts | ~mask]
   # A span's first token writes two targets, its sentinel and itself.
   targets = np.stack([sentinels, tokens], axis=-1)[np.stack([starts, mask], axis=-1)]
-  return tuple(np.pad(side.reshape(rows, -1), ((0, 0), (0, 1)), constant_values=EOS)
-               .astype(np.int32) for side in (inputs, targets))
+  return with_eos(inputs.reshape(rows, -1)), with_eos(targets.reshape(rows, -1))
+
+
+def noise_tokens(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+  """Targets without sentinels: the spans end to end, then EOS; see `span_corruption`.
+
+  Returns:
+    [N, noise + 1] int32.
+  """
+  return with_eos(tokens[mask].reshape(len(tokens), -1))
+
+
+def with_eos(tokens: np.ndarray) -> np.ndarray:
+  """[N, L] -> [N, L + 1] int32, EOS last."""
+  return np.pad(tokens, ((0, 0), (0, 1)), constant_values=EOS).astype(np.int32)
 
 
 def restore_spans(inputs: np.ndarray, targets: np.ndarray, lowest_sentinel: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import pytest
 from flax.linen import partitioning
 
 from prompt_tuning_jax import objectives, param_paths, prompted_model
+from prompt_tuning_jax.data import packing
 from prompt_tuning_jax.networks import t5
 from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts.soft_prompt import SoftPrompt
@@ -348,3 +349,24 @@ def test_bfloat16_is_close_to_float32():
       model, PARAMS, BATCH)
   assert rounded.dtype == jnp.float32 and rounded != mean
   np.testing.assert_allclose(rounded, mean, rtol=0.02)
+
+
+@pytest.mark.parametrize('placement', PLACEMENTS)
+def test_packed_examples_are_each_what_they_are_alone(placement):
+  """Two prompts of one bank, rows of several examples: losses and the prompt's gradient agree."""
+  places = [VirtualTokens(V, 2, placement), VirtualTokens(V, 3, 'before', offset=2)]
+  texts = [places[i % 2].place(text) for i, text in enumerate(TEXTS)]
+  batch = make_batch(texts)
+  examples = list(zip(texts, LABELS, strict=True))
+  rows = packing.packed([[examples[2], examples[0]], [examples[1]]], inputs=31, targets=17)
+  expected = log_likelihood(MODEL, PARAMS, batch)
+  tokens = objectives.token_log_likelihood(logits(MODEL, PARAMS, rows),
+                                           rows['decoder_target_tokens'])
+  for i, (row, segment) in enumerate(((0, 2), (1, 1), (0, 1))):
+    mine = rows['decoder_segment_ids'][row] == segment
+    close(np.sum(np.asarray(tokens)[row][mine]), expected[i])
+  (packed_loss, _), packed_gradient = loss_and_gradient()(PROMPT, BASE, rows)
+  (plain_loss, _), plain_gradient = loss_and_gradient()(PROMPT, BASE, batch)
+  close(packed_loss, plain_loss)
+  close(packed_gradient, plain_gradient)
+  assert np.abs(plain_gradient).min() > 0

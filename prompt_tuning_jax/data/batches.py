@@ -6,10 +6,11 @@ A batch is four arrays, virtual tokens already among the text's ids (int32, 0 is
   decoder_target_tokens  [B, S]
   decoder_loss_weights   [B, S]  float32, 1 where there is a target
 
-Examples are drawn from an endless stream: every example once, shuffled, then every example once
-again. A batch is a piece of that stream; the one that begins an epoch's end holds the next epoch's
-beginning too, so nothing is dropped. Inside an epoch, windows of some batches are sorted by width
-and their batches shuffled, so that little is padding. Nothing here has state: a resume is a step.
+Examples are drawn from an endless stream (`stream.py`): every example once, shuffled, then every
+example once again. A batch is a piece of that stream; the one that begins an epoch's end holds the
+next epoch's beginning too, so nothing is dropped. Inside an epoch, windows of some batches are
+sorted by width and their batches shuffled, so that little is padding. Nothing here has state: a
+resume is a step.
 """
 
 import dataclasses
@@ -18,10 +19,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from prompt_tuning_jax.data.stream import Stream
 from prompt_tuning_jax.data.token_cache import TokenCache
 from prompt_tuning_jax.prompts.virtual_tokens import VirtualTokens
 
-SLOTS = 1 << 12  # Rates are kept to about 1 / SLOTS.
 # Batches are not sorted by shorter targets: a label's length would tell the labels apart.
 SHORT_TARGET = 32
 
@@ -44,7 +45,7 @@ class Buckets:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainBatches:
-  """Batches of one task or of a mixture.
+  """Batches of one task or of a mixture, one example a row.
 
   Args:
     caches: the tasks' token caches.
@@ -69,26 +70,28 @@ class TrainBatches:
 
   def __post_init__(self):
     put = functools.partial(object.__setattr__, self)
-    put('caches', (self.caches,) if isinstance(self.caches, TokenCache) else tuple(self.caches))
-    put('virtual', _one_each(self.virtual, len(self.caches)))
+    put('caches', check_caches(self.caches))
+    put('virtual', one_each(self.virtual, len(self.caches)))
     put('buckets', self.buckets or Buckets())
-    # Two epochs of every source are all that a batch near an epoch's end looks at.
-    put('_permutation', functools.lru_cache(2 * len(self.caches))(self._make_permutation))
     put('_window_rows', functools.lru_cache(2)(self._make_window_rows))
-    _check_batch_size(self.batch_size, self.process_index, self.process_count)
-    if not self.caches:
-      raise ValueError('Training needs at least one task, got none.')
-    if len({str(cache.meta.get('vocabulary')) for cache in self.caches}) > 1:
-      raise ValueError('The tasks of a mixture must have one vocabulary.')
-    if self.rates is not None and (len(self.rates) != len(self.caches) or min(self.rates) <= 0):
-      raise ValueError(f'Give a positive rate for each of {len(self.caches)} tasks, got '
-                       f'{self.rates}.')
-    if self.seed < 0 or self.window < 1:
-      raise ValueError(f'Expected seed >= 0 and window >= 1, got {self.seed} and {self.window}.')
+    check_batch_size(self.batch_size, self.process_index, self.process_count)
+    if self.window < 1:
+      raise ValueError(f'Expected window >= 1, got {self.window}.')
+    put('_stream', Stream([cache.num_examples for cache in self.caches], self.seed, self.rates))
 
   @property
   def num_examples(self) -> int:
-    return int(self._first_rows[-1])
+    return self._stream.num_items
+
+  @property
+  def examples_per_batch(self) -> float:
+    return self.batch_size
+
+  @property
+  def description(self) -> list:
+    """What decides the batches besides seed and size: a resumed run must have the same."""
+    return ['buckets', *map(list, dataclasses.astuple(self.buckets)), self.window,
+            self.num_examples, self.rates]
 
   def batch_at(self, step: int) -> dict[str, np.ndarray]:
     """This process's rows of batch `step` (from 0)."""
@@ -97,14 +100,14 @@ class TrainBatches:
                      self.caches, self.buckets)
     local = self.batch_size // self.process_count
     rows = rows[local * self.process_index:][:local]
-    cache_of = np.searchsorted(self._first_rows, rows, 'right') - 1
+    cache_of = self._stream.source_of(rows)
     longest_prompt = max(v.length if v else 0 for v in self.virtual)
     batch = _empty_batch(local, widths[0] + longest_prompt, widths[1])
     for i in np.unique(cache_of):
       here = np.flatnonzero(cache_of == i)
       cache = self.caches[i]
       part = _assemble(cache.input_tokens, cache.input_offsets, cache.target_tokens,
-                       cache.target_offsets, rows[here] - self._first_rows[i], widths,
+                       cache.target_offsets, rows[here] - self._stream.firsts[i], widths,
                        self.virtual[i])
       for name, array in part.items():
         batch[name][here, :array.shape[1]] = array
@@ -117,10 +120,10 @@ class TrainBatches:
 
   def _window(self, step: int) -> tuple[int, int]:
     """The batches [first, last) that `step` is sorted with: all of one epoch, or alone."""
-    if len(self._sources) > 1:
+    size, epoch = self.batch_size, self._stream.epoch
+    if epoch is None:
       first = step // self.window * self.window
       return first, first + self.window
-    size, epoch = self.batch_size, self.num_examples
     begins = step * size // epoch * epoch  # The epoch of the batch's first row.
     if step * size + size > begins + epoch:
       return step, step + 1  # It holds an epoch's end.
@@ -130,7 +133,7 @@ class TrainBatches:
 
   def _make_window_rows(self, first: int, last: int) -> np.ndarray:
     """[last - first, B] int64."""
-    rows = self._draw(np.arange(first * self.batch_size, last * self.batch_size))
+    rows = self._stream.draw(np.arange(first * self.batch_size, last * self.batch_size))
     if last - first == 1:
       return rows[None]
     widths = np.searchsorted(self.buckets.inputs, self._input_lengths[rows])
@@ -138,51 +141,6 @@ class TrainBatches:
                                     np.maximum(self._target_lengths[rows], SHORT_TARGET))
     rows = rows[np.lexsort((target_widths, widths))].reshape(-1, self.batch_size)
     return rows[np.random.default_rng([self.seed, 1, first]).permutation(len(rows))]
-
-  def _draw(self, positions: np.ndarray) -> np.ndarray:
-    """What stands at these positions of the stream: [m] int64 -> [m] int64 examples."""
-    pattern, rank, counts = self._pattern
-    turn, slot = np.divmod(positions, len(pattern))
-    source = pattern[slot]
-    epoch, at = np.divmod(turn * counts[source] + rank[slot], self._sizes[source])
-    rows = np.empty(len(positions), np.int64)
-    for i, e in np.unique(np.stack([source, epoch]), axis=1).T:
-      here = (source == i) & (epoch == e)
-      rows[here] = self._sources[i][0] + self._permutation(int(i), int(e))[at[here]]
-    return rows
-
-  def _make_permutation(self, source: int, epoch: int) -> np.ndarray:
-    size = self._sources[source][1]
-    order = np.arange(size, dtype=np.int32 if size < 1 << 31 else np.int64)
-    np.random.default_rng([self.seed, 0, source, epoch]).shuffle(order)
-    return order
-
-  @functools.cached_property
-  def _sources(self) -> list[tuple[int, int]]:
-    """(first example, number of examples) of what has epochs of its own."""
-    firsts = self._first_rows.tolist()
-    if self.rates is None or len(self.caches) == 1:
-      return [(0, firsts[-1])]
-    return [(first, end - first) for first, end in zip(firsts, firsts[1:], strict=False)]
-
-  @functools.cached_property
-  def _sizes(self) -> np.ndarray:
-    return np.array([size for _, size in self._sources])
-
-  @functools.cached_property
-  def _pattern(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Whose turn it is, evenly spread: sources [n], rank among its source's own [n], counts."""
-    rates = np.ones(1) if len(self._sources) == 1 else np.asarray(self.rates, np.float64)
-    counts = np.maximum(1, np.rint(SLOTS * rates / rates.sum())).astype(np.int64)
-    rank = np.concatenate([np.arange(n) for n in counts])
-    source = np.repeat(np.arange(len(counts)), counts)
-    order = np.argsort((rank + .5) / counts[source], kind='stable')
-    return source[order], rank[order], counts
-
-  @functools.cached_property
-  def _first_rows(self) -> np.ndarray:
-    """[caches + 1]: where each cache's examples begin."""
-    return np.cumsum([0, *(cache.num_examples for cache in self.caches)])
 
   @functools.cached_property
   def _input_lengths(self) -> np.ndarray:
@@ -270,7 +228,7 @@ def _round_up(longest: int, buckets: Sequence[int], limit: int | None) -> int:
   return int(limit or max(1, longest))
 
 
-def _one_each(virtual, count: int) -> tuple[VirtualTokens | None, ...]:
+def one_each(virtual, count: int) -> tuple[VirtualTokens | None, ...]:
   """One prompt for all caches, or one for each -> one for each."""
   if virtual is None or isinstance(virtual, VirtualTokens):
     return (virtual,) * count
@@ -279,7 +237,18 @@ def _one_each(virtual, count: int) -> tuple[VirtualTokens | None, ...]:
   return tuple(virtual)
 
 
-def _check_batch_size(batch_size: int, process_index: int, process_count: int) -> None:
+def check_caches(caches: TokenCache | Sequence[TokenCache]) -> tuple[TokenCache, ...]:
+  """At least one cache, all with one vocabulary."""
+  caches = (caches,) if isinstance(caches, TokenCache) else tuple(caches)
+  if not caches:
+    raise ValueError('Training needs at least one task, got none.')
+  if len({str(cache.meta.get('vocabulary')) for cache in caches}) > 1:
+    raise ValueError('The tasks of a mixture must have one vocabulary.')
+  return caches
+
+
+def check_batch_size(batch_size: int, process_index: int, process_count: int) -> None:
+  """Raises ValueError unless the processes can share a batch."""
   if batch_size < 1 or batch_size % process_count or not 0 <= process_index < process_count:
     raise ValueError(f'batch_size must be a positive multiple of the {process_count} processes, '
                      f'got {batch_size} in process {process_index}.')

@@ -50,11 +50,6 @@ class Prefetch:
     self.close()
 
 
-def prefetch(get: Callable[[int], Any], start: int = 0, depth: int = 2) -> Prefetch:
-  """Iterator over get(start), get(start + 1), …, made in a thread up to `depth` items ahead."""
-  return Prefetch(get, start, depth)
-
-
 def _work(get, start: int, items: queue.Queue, stop: threading.Event) -> None:
   """Puts (item, None) until told to stop, or (None, error) and ends."""
   index = start

@@ -26,6 +26,7 @@ from prompt_tuning_jax.data.token_cache import FEATURES, CacheWriter
 from prompt_tuning_jax.data.vocabulary import Vocabulary
 
 Row = tuple[np.ndarray, np.ndarray, dict[str, Any] | None]
+HIDDEN = '<unk>'  # T5's target of examples whose label a benchmark keeps to itself.
 MOST_REPEATS = 20  # A mixture's epoch may be so many times larger than its tasks together.
 
 
@@ -53,11 +54,17 @@ def _one_line(error: Exception) -> str:
 
 
 def build(task: str, modules: list[str], split: str, vocabulary: Mapping[str, Any],
-          lengths: Mapping[str, int], folder: str, max_examples: int | None) -> dict[str, Any]:
-  """Tokenises a split into `folder`; see `SeqioTask` for the arguments."""
+          lengths: Mapping[str, int], folder: str, max_examples: int | None,
+          block: tuple[int, int] | None = None) -> dict[str, Any]:
+  """Tokenises a split, or the source's rows [start, stop) of it, into `folder`.
+
+  The other arguments are those of `SeqioTask`.
+  """
   _quiet_tensorflow()
   _import_tasks(modules)
   provider = _find(task)
+  if block:
+    provider = provider.replace(source=_part(provider.source, *block))
   words = Vocabulary(**vocabulary)
   parts = _tasks_with_split(provider, split)
   metas = {part.name: _evaluation(part) for part in parts}
@@ -69,14 +76,27 @@ def build(task: str, modules: list[str], split: str, vocabulary: Mapping[str, An
              for part in parts}
   rows = (streams[task] if len(parts) == 1 and parts[0].name == task
           else _mix(provider, parts, streams, max_examples))
-  writer = CacheWriter(folder)
+  writer, hidden = CacheWriter(folder), None
   for inputs, targets, row in rows:
+    if hidden is None and row and row['targets'] == HIDDEN:
+      hidden = writer.num_examples
     writer.add(inputs, targets, row)
-  writer.close(**meta, num_cut=cut, tasks=sorted(metas))
+  writer.close(**meta, num_cut=cut, tasks=sorted(metas), first_hidden=hidden)
   warnings = [] if shared else [
       f'The tasks of {task} have different metrics: name one of {", ".join(sorted(metas))} to '
       'evaluate it.']
   return {'num_examples': writer.num_examples, 'warnings': warnings}
+
+
+def _part(source, start: int, stop: int):
+  """The rows [start, stop) of a data source."""
+  import seqio
+
+  def rows(split: str, shuffle_files: bool, seed: int | None = None):
+    return source.get_dataset(split, shuffle=shuffle_files, seed=seed).skip(start).take(
+        stop - start)
+
+  return seqio.FunctionDataSource(rows, splits=tuple(source.splits))
 
 
 def _quiet_tensorflow() -> None:
@@ -141,16 +161,49 @@ def _rows(task, split: str, words: Vocabulary, lengths: Mapping[str, int],
       num_epochs=1)
   if max_examples is not None:
     dataset = dataset.take(max_examples)
-  for example in dataset.as_numpy_iterator():
+  for place, example in _numbered(dataset, f'{task.name}, {split}'):
     tokens = {}
     for key in FEATURES:
       ids = np.asarray(example.get(key, ()), np.int32)
+      text = example.get(f'{key}_pretokenized')
       if key in features and features[key].add_eos:
+        _check_text(key, ids[ids != words.eos_id], text, place)
         ids = _with_eos(ids, words.eos_id, lengths[key])
-        cut[key] += _is_cut(ids, example.get(f'{key}_pretokenized'), words, lengths[key])
+        cut[key] += _is_cut(ids, text, words, lengths[key])
       tokens[key] = ids
     yield tokens['inputs'], tokens['targets'], (
         _row(task, example, tokens, words) if evaluated else None)
+
+
+def _numbered(dataset, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+  """('TASK, SPLIT, row N', example); what a preprocessor refuses is told with its place."""
+  import tensorflow as tf
+  examples, i = dataset.as_numpy_iterator(), 0
+  while True:
+    place = f'{name}, row {i}'
+    try:
+      example = next(examples, None)
+    except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as error:
+      # Read ahead and in parallel, so it may be a few rows further on.
+      said = next((line for line in error.message.splitlines() if line.strip()), '')
+      raise ValueError(f'{place} or soon after: {said.strip()}') from error
+    if example is None:
+      return
+    yield place, example
+    i += 1
+
+
+def _check_text(key: str, ids: np.ndarray, text: bytes | None, place: str) -> None:
+  """Raises ValueError for an empty target, and for text that is not UTF-8."""
+  if key == 'targets' and not len(ids):
+    raise ValueError(f'{place}: the target is empty ({text!r}): correct the data, or drop such '
+                     'rows in the task.')
+  if isinstance(text, bytes):
+    try:
+      text.decode('utf-8')
+    except UnicodeDecodeError as error:
+      raise ValueError(f'{place}: the {key} are not UTF-8 ({error.reason} at byte {error.start}): '
+                       f'{text[max(0, error.start - 20):error.start + 20]!r}.') from None
 
 
 def _with_eos(ids: np.ndarray, eos: int, length: int) -> np.ndarray:

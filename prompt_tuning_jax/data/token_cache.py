@@ -41,8 +41,9 @@ class CacheWriter:
   """Appends rows to growing files, so that a corpus never has to fit into memory.
 
   Used by a task's `build`: `add` every row, then `close` with what `meta.json` should say:
-  `metrics` (["module:qualname", …]), `postprocessor` ({"name", "kwargs"} or None) and `num_cut`
-  ({"inputs": rows that were cut, "targets": …}).
+  `metrics` (["module:qualname", …]), `postprocessor` ({"name", "kwargs"} or None), `num_cut`
+  ({"inputs": rows that were cut, "targets": …}) and `first_hidden` (the first row whose label is
+  hidden, or None).
   """
 
   def __init__(self, folder: str | os.PathLike):
@@ -84,6 +85,25 @@ class CacheWriter:
       raise ValueError(_cannot_write(self.folder, error)) from error
     self.num_examples += 1
 
+  def extend(self, folder: str | os.PathLike) -> None:
+    """Appends all rows of another writer's folder."""
+    part = open_cache(folder)
+    if (part.folder / 'rows.jsonl').exists() != (self._rows is not None) and self.num_examples:
+      raise ValueError(f'{folder}: either all parts of a cache have rows, or none.')
+    try:
+      for feature, tokens, offsets in (('inputs', part.input_tokens, part.input_offsets),
+                                       ('targets', part.target_tokens, part.target_offsets)):
+        tokens.tofile(self._tokens[feature])
+        self._offsets[feature].extend((offsets[1:] + self._offsets[feature][-1]).tolist())
+      if (part.folder / 'rows.jsonl').exists():
+        if self._rows is None:
+          self._rows = open(self.folder / 'rows.jsonl', 'w', encoding='utf-8')
+        with open(part.folder / 'rows.jsonl', encoding='utf-8') as rows:
+          shutil.copyfileobj(rows, self._rows)
+    except OSError as error:
+      raise ValueError(_cannot_write(self.folder, error)) from error
+    self.num_examples += part.num_examples
+
   def close(self, **meta) -> None:
     """Finishes the files and writes `meta.json`."""
     try:
@@ -100,7 +120,7 @@ class CacheWriter:
       files = {path.name: _digest(path) for path in sorted(self.folder.iterdir())
                if path.suffix in ('.npy', '.jsonl')}
       _write_meta(self.folder, {'metrics': [], 'postprocessor': None,
-                                'num_cut': dict.fromkeys(FEATURES, 0), **meta,
+                                'num_cut': dict.fromkeys(FEATURES, 0), 'first_hidden': None, **meta,
                                 'format_version': FORMAT_VERSION,
                                 'num_examples': self.num_examples, 'files': files})
     except OSError as error:
@@ -112,6 +132,7 @@ class TokenCache:
   """A cache that has been opened. Row i's inputs are `input_tokens[offsets[i]:offsets[i + 1]]`.
 
   `input_tokens` and `target_tokens` are memory maps ([total] int32), offsets are [n + 1] int64.
+  `taken` are the folder's rows that a part of it has ([n] int64); None is all.
   """
 
   folder: pathlib.Path
@@ -120,6 +141,18 @@ class TokenCache:
   input_offsets: np.ndarray
   target_tokens: np.ndarray
   target_offsets: np.ndarray
+  taken: np.ndarray | None = None
+
+  def take(self, rows: np.ndarray) -> 'TokenCache':
+    """The cache of some rows, in memory: [m] int64, rising."""
+    arrays = []
+    for tokens, offsets in ((self.input_tokens, self.input_offsets),
+                            (self.target_tokens, self.target_offsets)):
+      parts = [tokens[offsets[i]:offsets[i + 1]] for i in rows]
+      arrays += [np.concatenate([np.zeros(0, np.int32), *parts]),
+                 np.cumsum([0, *map(len, parts)])]
+    before = np.arange(self.num_examples) if self.taken is None else self.taken
+    return TokenCache(self.folder, self.meta, *arrays, taken=before[rows])
 
   @property
   def num_examples(self) -> int:
@@ -149,8 +182,9 @@ class TokenCache:
     path = self.folder / 'rows.jsonl'
     if not path.exists():
       return []
+    kept = None if self.taken is None else set(self.taken.tolist())
     with open(path, encoding='utf-8') as file:
-      return [json.loads(line) for line in file]
+      return [json.loads(line) for i, line in enumerate(file) if kept is None or i in kept]
 
   def row(self, i: int) -> dict[str, Any]:
     if not self.rows:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -31,6 +32,24 @@ class Evaluation:
     return -self.value if self.metric in SMALLER_IS_BETTER else self.value
 
 
+def check_labelled(cache: TokenCache) -> None:
+  """Raises ValueError where the benchmark hides a label: there is nothing to learn or measure."""
+  row = cache.meta.get('first_hidden')
+  if row is not None:
+    raise ValueError(f'{cache.meta["task"]}, {cache.meta["split"]}, row {row}: the label is hidden '
+                     '(-1), so nothing can be learnt or measured: choose another split, or predict '
+                     'with `infer`.')
+
+
+def evaluator(predictor: Predictor, caches: Sequence[TokenCache], metric: str | None = None,
+              max_examples: int | None = None) -> 'Evaluator | MixtureEvaluator':
+  """The evaluation of one task, or of each of several."""
+  if len(caches) == 1:
+    return Evaluator(predictor, caches[0], metric, max_examples)
+  return MixtureEvaluator([Evaluator(predictor, cache, None, max_examples) for cache in caches],
+                          metric)
+
+
 class Evaluator:
   """Predicts every example of a split and computes the task's metrics.
 
@@ -47,13 +66,10 @@ class Evaluator:
     self._count = min(cache.num_examples, max_examples or cache.num_examples)
     self._rows = [cache.row(i) for i in range(self._count)] if self._functions else []
     self._texts: list[str] = []
-    names = list(self._metrics([row['targets'] for row in self._rows])) or [*SMALLER_IS_BETTER]
-    self.metric = metric or names[0]
-    if self.metric not in names:
-      near = difflib.get_close_matches(self.metric, names, 1)
-      hint = f' Did you mean {near[0]}?' if near else ''
-      raise ValueError(f'The task {cache.meta["task"]} has the metrics {", ".join(names)}, not '
-                       f'{self.metric!r}.{hint}')
+    check_labelled(cache)
+    self.task = cache.meta['task']
+    self.names = list(self._metrics([row['targets'] for row in self._rows])) or [*SMALLER_IS_BETTER]
+    self.metric = _known(metric, self.names, self.task)
 
   @property
   def labels(self) -> list[str] | None:
@@ -101,3 +117,47 @@ class Evaluator:
       return [options[int(np.argmax(scores))]
               for options, scores in zip(choices, ranked, strict=True)]
     return self._predictor.generate(params, inputs)
+
+
+class MixtureEvaluator:
+  """Evaluates every task of a mixture; `mean`, of each task's own metric, chooses the best.
+
+  Where every task is measured by its loss, `loss` is their mean.
+  """
+
+  def __init__(self, evaluators: Sequence[Evaluator], metric: str | None = None):
+    self._evaluators = evaluators
+    smaller = {part.metric in SMALLER_IS_BETTER for part in evaluators}
+    if len(smaller) > 1:
+      raise ValueError('Some tasks of the mixture have metrics and some only a loss: no mean of '
+                       'them chooses a best. Evaluate the ones or the others.')
+    self._mean = 'loss' if smaller.pop() else 'mean'
+    names = [self._mean, *(f'{part.task}/{name}' for part in evaluators for name in part.names)]
+    self.metric = _known(metric, names, '+'.join(part.task for part in evaluators))
+
+  labels = None  # A mixture's tasks have different ones.
+
+  def majority(self) -> dict[str, float]:
+    """As `Evaluator.majority`, for every task; {} where one has no labels."""
+    each = [part.majority() for part in self._evaluators]
+    return self._named(each) if all(each) else {}
+
+  def __call__(self, params: PyTree) -> Evaluation:
+    """Evaluates the model with these parameters."""
+    return Evaluation(self.metric, self._named([part(params).values for part in self._evaluators]))
+
+  def _named(self, each: Sequence[dict[str, float]]) -> dict[str, float]:
+    means = [values[part.metric] for part, values in zip(self._evaluators, each, strict=True)]
+    return {self._mean: float(np.mean(means)),
+            **{f'{part.task}/{name}': value
+               for part, values in zip(self._evaluators, each, strict=True)
+               for name, value in values.items()}}
+
+
+def _known(metric: str | None, names: list[str], task: str) -> str:
+  """The metric that is asked for, or the first; raises ValueError with the nearest name."""
+  if metric is None or metric in names:
+    return metric or names[0]
+  near = difflib.get_close_matches(metric, names, 1)
+  hint = f' Did you mean {near[0]}?' if near else ''
+  raise ValueError(f'The task {task} has the metrics {", ".join(names)}, not {metric!r}.{hint}')

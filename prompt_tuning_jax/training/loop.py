@@ -70,11 +70,12 @@ class Records:
 def train(state: TrainState, frozen: PyTree, batches: Iterator[Batch], train_step: Callable,
           evaluate: Callable[[PyTree], Evaluation] | None, save: Callable[[str, PyTree], Any],
           states: TrainingStates, progress: Progress, records: Records, schedule: Schedule,
-          task: str, batch_size: int) -> TrainState:
+          task: str, per_batch: float) -> TrainState:
   """Trains from `state.step` to the last step, or to SIGTERM, early stopping or divergence.
 
   Args:
     evaluate: trainable leaves -> their evaluation.
+    per_batch: examples of a batch, for the rate that is reported.
     save: ('best' or 'last', trainable leaves); writes them as the user's file.
 
   Raises:
@@ -95,7 +96,7 @@ def train(state: TrainState, frozen: PyTree, batches: Iterator[Batch], train_ste
       last = step == schedule.train_steps
       if last or _due(step, schedule.log_period):
         _check_divergence(state, save)
-        progress.report_training(step, task, _mean(pending), batch_size)
+        progress.report_training(step, task, _mean(pending), per_batch)
         pending.clear()
       if evaluate and (last or _due(step, schedule.eval_period)):
         _check_divergence(state, save)

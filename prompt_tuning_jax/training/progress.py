@@ -62,12 +62,12 @@ class Progress:
     self._events.flush()
 
   def report_training(self, step: int, task: str, values: Mapping[str, float],
-                      batch_size: int) -> None:
+                      examples_per_batch: float) -> None:
     """Reports the training metrics and prints the progress line."""
     now = time.monotonic()
     rate = (step - self._last_step) / max(now - self._last_time, 1e-9)
     self._last_step, self._last_time = step, now
-    values = {**values, 'examples_per_second': rate * batch_size}
+    values = {**values, 'examples_per_second': rate * examples_per_batch}
     self.report(step, 'train', task, values)
     logger.info('step %d/%d  loss %.4f  %.1f examples/s  ETA %s', step, self._total_steps,
                 values['loss'], values['examples_per_second'],

@@ -1,10 +1,11 @@
 """One training run, from what gin built to the files in MODEL_DIR."""
 
 import dataclasses
+import functools
 import logging
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +16,9 @@ from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.checkpoints import base_checkpoint
 from prompt_tuning_jax.checkpoints.base_checkpoint import Base
 from prompt_tuning_jax.checkpoints.training_state import TrainingStates
-from prompt_tuning_jax.data import batches, prefetch, token_cache
+from prompt_tuning_jax.data import batches, mixture, token_cache
+from prompt_tuning_jax.data.prefetch import Prefetch
+from prompt_tuning_jax.data.token_cache import TokenCache
 from prompt_tuning_jax.data.vocabulary import Vocabulary
 from prompt_tuning_jax.networks import t5
 from prompt_tuning_jax.partitioning import Partitioner
@@ -36,36 +39,38 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
           network: t5.T5Config | None = None, vocabulary: str | None = None,
           dropout_rate: float = 0.1, z_loss: float = 1e-4, label_smoothing: float = 0.0,
           activation_dtype: str = 'float32', parameter_dtype: str = 'float32', seed: int = 0,
+          batching: Callable = batches.TrainBatches,
+          train_subset: Callable[[TokenCache], TokenCache] | None = None,
+          eval_subset: Callable[[TokenCache], TokenCache] | None = None,
           eval_batch_size: int | None = None, max_eval_examples: int | None = None,
           metric: str | None = None, patience: int = 0, partitioner: Partitioner = Partitioner(),
           cache_dir: str | None = None, config_text: str | None = None) -> dict[str, Any]:
   """Trains, evaluates and saves; resumes where MODEL_DIR left off.
 
   Args:
-    task: a source of examples (`data.seqio_task.SeqioTask`, `data.text_file.TextFile`).
+    task: a source of examples (`data.seqio_task.SeqioTask`, `data.text_file.TextFile`), or a
+      `data.mixture.Mixture` of several.
     task_feature_lengths: {'inputs': n, 'targets': m}, the tokens kept of each, end included.
     initial_checkpoint_path: a bundled base's name or a checkpoint folder; None starts `network`
       from random weights (pretraining).
     method: a `training.methods` object: what trains.
     eval_period, save_period, log_period: in steps; 0 is never, but for the last step.
-    network: needed where the checkpoint does not describe its own.
-    vocabulary: SentencePiece file, where the checkpoint does not bring its own.
+    network, vocabulary (a SentencePiece file): needed where the checkpoint does not bring its own.
+    batching: `batches.TrainBatches` (a row an example) or `packing.PackedBatches`.
+    train_subset, eval_subset: parts of the splits (`data.subsets`); None is all.
     parameter_dtype: of the frozen base; what trains is float32.
     metric: the name of the metric that chooses the best and, after `patience` evaluations without
       a better one, ends training. Default: the task's first; `loss` where it has none.
     config_text: kept as MODEL_DIR/config.gin.
 
-  Returns:
-    {'best_value', 'best_step', 'prompt' (path of the best), 'seconds'}.
-
-  Raises:
-    ValueError: something that was given does not fit, or the loss diverged.
+  Returns {'best_value', 'best_step', 'prompt' (path of the best), 'seconds'}; raises ValueError
+  where something that was given does not fit, or the loss diverged.
   """
   began = time.monotonic()
   _check(task_feature_lengths, model_dir, dropout_rate, train_steps=train_steps,
          batch_size=batch_size)
-  for split in filter(None, (task.train_split, task.eval_split)):
-    task.key_parts(split)  # Missing data is told before a large base is read.
+  tasks = mixture.as_mixture(task)
+  _check_data(tasks)
   base = _base(initial_checkpoint_path, network, vocabulary, parameter_dtype, partitioner, seed)
   words = _vocabulary(base)
   config = dataclasses.replace(base.config, dropout_rate=dropout_rate, dtype=activation_dtype)
@@ -74,32 +79,31 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
   base = dataclasses.replace(base, params=None)  # `frozen` and `trainable` hold all there is
 
   lengths = dict(task_feature_lengths)
-  open_split = lambda split: token_cache.open_or_build(task, split, words, lengths, cache_dir)
-  source = batches.TrainBatches([open_split(task.train_split)], batch_size, seed, virtual)
+  opened = functools.partial(_caches, tasks, words, lengths, cache_dir)
+  source = _source(batching, tasks, opened('train_split', train_subset), batch_size, seed, virtual)
   evaluator = None
-  if eval_period and task.eval_split:
+  if eval_period and (eval_caches := opened('eval_split', eval_subset)):
     predictor = Predictor(model, words, virtual, eval_batch_size or 2 * batch_size,
                           lengths['targets'], partitioner)
-    evaluator = evaluate.Evaluator(predictor, open_split(task.eval_split), metric,
-                                   max_eval_examples)
+    evaluator = evaluate.evaluator(predictor, eval_caches, metric, max_eval_examples)
 
   folder = pathlib.Path(model_dir).expanduser()
   states = TrainingStates(folder / 'checkpoints')
   state = _place(train_state.create(trainable, optimizer), partitioner)
   state, records = _restore(states, state, {
       'base': base.fingerprint, 'task': task.name, 'vocabulary': words.sha256, 'lengths': lengths,
-      'batch_size': batch_size, 'seed': seed, 'metric': evaluator and evaluator.metric})
+      'batch_size': batch_size, 'seed': seed, 'batching': source.description,
+      'metric': evaluator and evaluator.metric})
   if config_text is not None:
     (folder / 'config.gin').write_text(config_text, encoding='utf-8')
   progress = Progress(folder, train_steps, int(state.step))
-  feed = prefetch.prefetch(lambda step: partitioner.put_batch(source.batch_at(step)),
-                           start=int(state.step))
+  feed = Prefetch(lambda step: partitioner.put_batch(source.batch_at(step)), int(state.step))
   try:
     loop.train(
         state, frozen, feed, make_train_step(model, optimizer, seed, z_loss, label_smoothing),
         evaluate=evaluator and (lambda trained: evaluator(param_paths.merge(trained, frozen))),
         save=_saver(method, folder / 'prompts', base, task, evaluator, records), states=states,
-        progress=progress, records=records, task=task.name, batch_size=batch_size,
+        progress=progress, records=records, task=task.name, per_batch=source.examples_per_batch,
         schedule=loop.Schedule(train_steps, eval_period, save_period, log_period, patience))
   finally:
     feed.close()
@@ -107,6 +111,30 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
     progress.close()
   progress.plot()
   return _summary(folder, records, evaluator, began)
+
+
+def _check_data(tasks: mixture.Mixture) -> None:
+  """Missing data is told before a large base is read."""
+  for task in tasks.tasks:
+    for split in filter(None, (task.train_split, task.eval_split)):
+      task.key_parts(split)
+
+
+def _source(batching: Callable, tasks: mixture.Mixture, caches: list[TokenCache], batch_size: int,
+            seed: int, virtual: Any):
+  """The training batches of the tasks, at the mixture's rates."""
+  for cache in caches:
+    evaluate.check_labelled(cache)
+  rates = tasks.rate([cache.num_examples for cache in caches]) if len(caches) > 1 else None
+  return batching(caches, batch_size, seed, virtual, rates=rates)
+
+
+def _caches(tasks: mixture.Mixture, words: Vocabulary, lengths: Mapping[str, int],
+            cache_dir: str | None, which: str, subset: Callable | None) -> list[TokenCache]:
+  """The caches of the tasks' splits, or of parts of them; a task without that split has none."""
+  caches = [token_cache.open_or_build(task, getattr(task, which), words, lengths, cache_dir)
+            for task in tasks.tasks if getattr(task, which)]
+  return [subset(cache) for cache in caches] if subset else caches
 
 
 def _check(lengths: Mapping[str, int], model_dir: str, dropout_rate: float, **counts: int) -> None:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from prompt_tuning_jax.data.prefetch import prefetch
+from prompt_tuning_jax.data.prefetch import Prefetch
 
 
 def _threads() -> int:
@@ -26,13 +26,13 @@ def _wait_until(condition) -> None:
 @pytest.mark.parametrize('start', [0, 7])
 @pytest.mark.parametrize('depth', [1, 2, 5])
 def test_prefetched_is_the_same_as_direct(start, depth):
-  with prefetch(lambda i: i * i, start, depth) as items:
+  with Prefetch(lambda i: i * i, start, depth) as items:
     assert list(itertools.islice(items, 50)) == [i * i for i in range(start, start + 50)]
 
 
 def test_items_are_made_ahead_but_not_further_than_depth():
   made = []
-  with prefetch(lambda i: made.append(i) or i, 0, depth=3) as items:
+  with Prefetch(lambda i: made.append(i) or i, 0, depth=3) as items:
     _wait_until(lambda: len(made) == 4)  # Three wait, one more is in the thread's hands.
     time.sleep(.1)
     assert made == [0, 1, 2, 3]
@@ -45,7 +45,7 @@ def test_an_error_comes_where_its_item_would_and_stays():
     if i == 3:
       raise ValueError('row 3 is bad')
     return i
-  items = prefetch(get, 0, depth=5)
+  items = Prefetch(get, 0, depth=5)
   assert [next(items) for _ in range(3)] == [0, 1, 2]
   for _ in range(2):
     with pytest.raises(ValueError, match='row 3 is bad'):
@@ -58,13 +58,13 @@ def test_stop_iteration_ends_it():
     if i == 4:
       raise StopIteration
     return i
-  assert list(prefetch(get)) == [0, 1, 2, 3]
+  assert list(Prefetch(get)) == [0, 1, 2, 3]
 
 
 def test_close_stops_the_thread_whatever_it_is_doing():
   before = _threads()
   for depth in (1, 3):
-    items = prefetch(lambda i: i, 0, depth)
+    items = Prefetch(lambda i: i, 0, depth)
     next(items)
     items.close()
     items.close()
@@ -75,7 +75,7 @@ def test_close_stops_the_thread_whatever_it_is_doing():
 
 def test_a_forgotten_one_closes_itself():
   before = _threads()
-  items = prefetch(lambda i: i)
+  items = Prefetch(lambda i: i)
   next(items)
   del items
   gc.collect()
@@ -83,8 +83,8 @@ def test_a_forgotten_one_closes_itself():
 
 
 def test_an_open_one_does_not_hold_up_the_interpreter():
-  code = ('from prompt_tuning_jax.data.prefetch import prefetch\n'
-          'items = prefetch(lambda i: i)\nprint(next(items))')
+  code = ('from prompt_tuning_jax.data.prefetch import Prefetch\n'
+          'items = Prefetch(lambda i: i)\nprint(next(items))')
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60,
                         check=True)
   assert done.stdout == '0\n' and not done.stderr
@@ -92,4 +92,4 @@ def test_an_open_one_does_not_hold_up_the_interpreter():
 
 def test_depth_is_at_least_one():
   with pytest.raises(ValueError, match='depth must be at least 1'):
-    prefetch(lambda i: i, depth=0)
+    Prefetch(lambda i: i, depth=0)

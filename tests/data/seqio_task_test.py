@@ -6,9 +6,11 @@ import time
 
 import pytest
 
+from prompt_tuning_jax.checkpoints import base_checkpoint
 from prompt_tuning_jax.data import seqio_builder, seqio_task, token_cache
 from prompt_tuning_jax.data.seqio_task import SeqioTask
 from prompt_tuning_jax.data.vocabulary import Vocabulary
+from prompt_tuning_jax.training import evaluate
 
 BYTES = Vocabulary('bytes')
 LENGTHS = {'inputs': 12, 'targets': 4}
@@ -32,6 +34,11 @@ def source(split, shuffle_files, seed=None, *, name, count):
 def broken(dataset):
   raise RuntimeError('this preprocessor is broken')
 
+def odd(dataset, *, field, value):
+  # The third row has this value.
+  return dataset.enumerate().map(lambda i, row: {
+      **row, field: tf.where(tf.equal(i, 2), tf.constant(value), row[field])})
+
 def add(name, count, metric_fns=(metrics.accuracy,), first=(), labels=('no', 'yes'), eos=True,
         features=FEATURES):
   seqio.TaskRegistry.add(
@@ -47,6 +54,9 @@ add('few', 3)
 add('plain', 3, metric_fns=())
 add('eos_by_us', 12, eos=False)
 add('broken', 3, first=(broken,))
+add('empty_target', 5, first=(functools.partial(odd, field='targets', value=''),))
+add('latin_1', 5, first=(functools.partial(odd, field='inputs', value=b'caf\\xe9 noir'),))
+add('hidden', 5, first=(functools.partial(odd, field='targets', value='<unk>'),))
 add('nameless', 3, metric_fns=(lambda targets, predictions: {},))
 seqio.MixtureRegistry.add('even', [('many', 1), ('few', 1)])
 seqio.MixtureRegistry.add('unlike', [('many', 1), ('plain', 1)])
@@ -93,6 +103,62 @@ def test_rows_tokens_and_cuts(tmp_path):
   assert cache.meta['num_cut'] == {'inputs': 5, 'targets': 0}
   assert all(cache.inputs(i)[-1] == 1 for i in range(12))
   assert cache.postprocess('yes', cache.row(0)) == 1
+
+
+@pytest.mark.parametrize(('name', 'message'), [
+    ('empty_target', r'empty_target, train, row 2: the target is empty'),
+    ('latin_1', r'latin_1, train, row 2: the inputs are not UTF-8 \(.* at byte 3\)')])
+def test_a_bad_row_is_named(tmp_path, name, message):
+  with pytest.raises(ValueError, match=message):
+    build(tmp_path, name)
+
+
+def test_the_first_hidden_label_is_remembered(tmp_path):
+  assert build(tmp_path / 'one', 'hidden').meta['first_hidden'] == 2
+  assert build(tmp_path / 'other', 'many').meta['first_hidden'] is None
+  cache = token_cache.open_or_build(SeqioTask('hidden', modules='tasks_for_this_test'), 'train',
+                                    BYTES, LENGTHS, tmp_path)
+  for refuse in (evaluate.check_labelled, lambda cache: evaluate.Evaluator(None, cache)):
+    with pytest.raises(ValueError, match='hidden, train, row 2: the label is hidden'):
+      refuse(cache)
+
+
+@pytest.mark.parametrize('label', [2, -2])
+def test_a_label_outside_the_list_is_told(label):
+  tf = pytest.importorskip('tensorflow')
+  from prompt_tuning_jax.tasks.classification import verbalize
+  rows = verbalize(tf.data.Dataset.from_tensor_slices({'text': ['a', 'b'], 'label': [-1, label]}),
+                   ('text',), ('no', 'yes'))
+  numbered = seqio_builder._numbered(rows, 'made, train')
+  with pytest.raises(ValueError, match=rf'made, train, row \d or soon after: .*label.*{label}'):
+    list(numbered)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('name', 'data', 'lengths'), [
+    ('sst2', 'glue/sst2/2.0.0', {'inputs': 40, 'targets': 8}),
+    ('span_corruption_novels', 'local_text/novels/1.0.0', {'inputs': 64, 'targets': 20})])
+def test_processes_side_by_side_make_the_same_cache(
+    tfds_data_dir, tmp_path, monkeypatch, name, data, lengths):
+  if not (tfds_data_dir / data).exists():
+    pytest.skip(f'{data} has not been prepared')
+  vocabulary = Vocabulary(str(base_checkpoint.BUNDLED / 'mini' / 'spiece.model'))
+  task = SeqioTask(name)
+  caches = []
+  for rows, cores in ((1 << 30, 1), (300 if name == 'sst2' else 1024, 3)):
+    monkeypatch.setattr(seqio_task, 'LEAST_ROWS', rows)
+    monkeypatch.setattr(seqio_task, 'BLOCK', 256 if name == 'sst2' else 1024)
+    monkeypatch.setattr(seqio_task.os, 'cpu_count', lambda cores=cores: cores)
+    blocks = task._blocks('validation')
+    assert len(blocks) in (0, 2, 3, 4) and bool(blocks) == (cores > 1)
+    folder = tmp_path / str(cores)
+    task.build('validation', vocabulary, lengths, folder)
+    caches.append(token_cache.open_cache(folder))
+    assert not list(folder.glob('block*'))
+  one, other = caches
+  assert one.meta == other.meta and one.rows == other.rows and one.num_examples > 800
+  for array in ('input_tokens', 'input_offsets', 'target_tokens', 'target_offsets'):
+    assert (getattr(one, array) == getattr(other, array)).all()
 
 
 def test_eos_is_ours_to_keep(tmp_path):

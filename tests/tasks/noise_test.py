@@ -16,6 +16,8 @@ def test_t5s_own_lengths():
   assert noise.raw_length(512, 114) == 568
   assert noise.raw_length(512, 512) == 568
   assert noise.noise_counts(568) == (85, 28)
+  assert noise.raw_length(512, 86, target_sentinels=False) == 568
+  assert noise.raw_length(512, 85, target_sentinels=False) < 568
 
 
 @pytest.mark.parametrize('length', [2, 3, 5, 17, 141, 568])
@@ -63,15 +65,29 @@ def test_corruption_by_hand():
   inputs, targets = noise.span_corruption(tokens, mask, 99)
   assert inputs.tolist() == [[11, 99, 14, 15, 98, 1]]
   assert targets.tolist() == [[99, 12, 13, 98, 16, 1]]
+  assert noise.noise_tokens(tokens, mask).tolist() == [[12, 13, 16, 1]]
+  assert noise.with_eos(tokens).tolist() == [[11, 12, 13, 14, 15, 16, 1]]
 
 
+def test_targets_without_sentinels_are_the_same_tokens():
+  rng = np.random.default_rng(4)
+  tokens = rng.integers(2, 32000, size=(50, 100), dtype=np.int32)
+  mask = noise.span_mask(50, 100, rng)
+  _, targets = noise.span_corruption(tokens, mask, FIRST_SENTINEL)
+  bare = noise.noise_tokens(tokens, mask)
+  assert bare.shape == (50, 16) and bare.dtype == np.int32
+  for row in range(50):
+    assert bare[row].tolist() == [t for t in targets[row].tolist() if t < 32000]
+
+
+@pytest.mark.parametrize('sentinels', [True, False])
 @pytest.mark.parametrize('inputs,targets', [(64, 64), (128, 40), (512, 20), (3, 3), (40, 128)])
-def test_raw_length_fills_and_fits(inputs, targets):
+def test_raw_length_fills_and_fits(inputs, targets, sentinels):
   def sides(length):
     num_noise, spans = noise.noise_counts(length)
-    return length - num_noise + spans + 1, num_noise + spans + 1
+    return length - num_noise + spans + 1, num_noise + spans * sentinels + 1
 
-  length = noise.raw_length(inputs, targets)
+  length = noise.raw_length(inputs, targets, target_sentinels=sentinels)
   assert sides(length)[0] <= inputs and sides(length)[1] <= targets
   longer = sides(length + 1)
   assert longer[0] > inputs or longer[1] > targets
@@ -111,6 +127,8 @@ def test_chunks_lose_at_most_one_token():
 def test_errors():
   with pytest.raises(ValueError, match='at least 3 inputs'):
     noise.raw_length(2, 50)
+  with pytest.raises(ValueError, match='and 2 targets'):
+    noise.raw_length(50, 1, target_sentinels=False)
   with pytest.raises(ValueError, match='at least 2 inputs'):
     noise.prefix_raw_length(1, 50)
   with pytest.raises(ValueError, match='at least 2 tokens'):

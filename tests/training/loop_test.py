@@ -42,7 +42,7 @@ def run(folder, schedule, values=(), step_hook=lambda step: None, diverge_at=Non
   try:
     seen.state = loop.train(
         state, {}, itertools.count(), step, evaluate, save, states, progress, seen.records,
-        schedule, 'task', batch_size=4)
+        schedule, 'task', per_batch=4)
   finally:
     states.close()
     progress.close()
@@ -87,7 +87,7 @@ def test_metrics_are_one_object_a_line_and_a_restart_writes_no_step_twice(tmp_pa
 def test_curves_and_events_are_written(tmp_path):
   progress = Progress(tmp_path, 10)
   for step in (5, 10):
-    progress.report_training(step, 'task', {'loss': 1 / step}, batch_size=2)
+    progress.report_training(step, 'task', {'loss': 1 / step}, 2)
     progress.report_evaluation(step, 'task', {'accuracy': float('nan')}, best=False)
   progress.plot()
   progress.close()

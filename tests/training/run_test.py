@@ -13,6 +13,7 @@ import pytest
 from prompt_tuning_jax import eval as eval_verb
 from prompt_tuning_jax import infer, optimizers, param_paths, score
 from prompt_tuning_jax.checkpoints import base_checkpoint, hf_safetensors, prompt_file
+from prompt_tuning_jax.data import batches, mixture, packing, subsets
 from prompt_tuning_jax.data.text_file import TextFile
 from prompt_tuning_jax.training import methods, run
 
@@ -22,8 +23,9 @@ pytestmark = pytest.mark.usefixtures('token_dir')
 def trained(folder, base, reviews, steps=12, method=None, **settings):
   method = method or methods.PromptTuning(length=4)
   rate = 0.3 if isinstance(method, methods.PromptTuning) else 0.01
+  task = TextFile(str(reviews)) if isinstance(reviews, os.PathLike) else reviews
   return run.train(
-      TextFile(str(reviews)), {'inputs': 24, 'targets': 8}, str(folder), str(base), method,
+      task, {'inputs': 24, 'targets': 8}, str(folder), str(base), method,
       optimizers.adafactor(rate), **{'train_steps': steps, 'batch_size': 8, 'eval_period': 4,
                                      'save_period': 4, 'log_period': 2, **settings})
 
@@ -219,3 +221,40 @@ def test_a_killed_command_resumes_to_the_same_prompt(finished, tmp_path, tiny_ba
   one, other = (prompt_file.load(tmp_path / name / 'prompts' / 'last.safetensors')
                 for name in ('model', 'other'))
   np.testing.assert_array_equal(one.params['prompt/embedding'], other.params['prompt/embedding'])
+
+
+def test_a_packed_run_resumes_bit_for_bit(tmp_path, tiny_base, reviews):
+  options = {'batching': packing.PackedBatches, 'batch_size': 2}
+  for name, steps in (('whole', (6,)), ('parts', (3, 6))):
+    for last in steps:
+      trained(tmp_path / name, tiny_base, reviews, last, **options)
+  one, other = (prompt_file.load(tmp_path / name / 'prompts' / 'last.safetensors')
+                for name in ('whole', 'parts'))
+  np.testing.assert_array_equal(one.params['prompt/embedding'], other.params['prompt/embedding'])
+  with pytest.raises(ValueError, match='batching was'):
+    trained(tmp_path / 'whole', tiny_base, reviews, 8, batch_size=2)
+
+
+@pytest.mark.parametrize('batching', [batches.TrainBatches, packing.PackedBatches])
+def test_a_mixture_is_evaluated_task_by_task(tmp_path, tiny_base, reviews, batching):
+  texts = tmp_path / 'texts.jsonl'
+  texts.write_text(''.join(json.dumps({'text': f'film {i}', 'label': f'play {i}'}) + '\n'
+                           for i in range(40)), encoding='utf-8')
+  task = mixture.Mixture([TextFile(str(reviews)), TextFile(str(texts))], mixture.Equal())
+  result = trained(tmp_path / 'model', tiny_base, task, 4, batching=batching)
+  lines = [json.loads(line) for line in (tmp_path / 'model' / 'metrics.jsonl').open()]
+  values = [line for line in lines if line['split'] == 'validation'][-1]
+  assert values['task'] == 'reviews+texts'
+  assert values['mean'] == pytest.approx(
+      (values['reviews/accuracy'] + values['texts/exact_match']) / 2)
+  assert result['best_value'] == max(line['mean'] for line in lines if 'mean' in line)
+  assert prompt_file.load(result['prompt']).metadata['labels'] is None
+  with pytest.raises(ValueError, match='Did you mean reviews/accuracy'):
+    trained(tmp_path / 'other', tiny_base, task, 4, metric='review/accuracy')
+
+
+def test_a_run_on_few_examples(tmp_path, tiny_base, reviews):
+  options = {'train_subset': subsets.FewShot(2), 'eval_subset': subsets.LowData(5)}
+  trained(tmp_path, tiny_base, reviews, 4, **options)
+  with pytest.raises(ValueError, match='batching was'):  # other examples, another run
+    trained(tmp_path, tiny_base, reviews, 8, train_subset=subsets.FewShot(3))

@@ -1,0 +1,65 @@
+"""Parts of a split: k examples of each class, or a small sample. Same seed, same examples."""
+
+import collections
+import dataclasses
+
+import numpy as np
+
+from prompt_tuning_jax.data.token_cache import TokenCache
+
+
+@dataclasses.dataclass(frozen=True)
+class FewShot:
+  """`per_class` examples of each label of a classification task.
+
+  Raises (when called):
+    ValueError: the task's targets are not labels, or a label has fewer examples.
+  """
+
+  per_class: int = 16
+  seed: int = 0
+
+  def __post_init__(self):
+    _check(self.per_class, self.seed)
+
+  def __call__(self, cache: TokenCache) -> TokenCache:
+    rows_of = collections.defaultdict(list)
+    for i, row in enumerate(cache.rows):
+      if not row.get('choices'):
+        break
+      rows_of[row['targets']].append(i)
+    if not rows_of or not cache.rows[0].get('choices'):
+      raise ValueError(f'{cache.meta["task"]} has no labels to draw {self.per_class} examples of: '
+                       'take a number of examples (LowData) instead.')
+    few = {label: len(rows) for label, rows in rows_of.items() if len(rows) < self.per_class}
+    if few:
+      raise ValueError(f'{cache.meta["task"]}, {cache.meta["split"]}, has fewer than '
+                       f'{self.per_class} examples of: '
+                       f'{", ".join(f"{label} ({count})" for label, count in few.items())}.')
+    rng = np.random.default_rng(self.seed)
+    drawn = [rng.permutation(rows)[:self.per_class] for _, rows in sorted(rows_of.items())]
+    return cache.take(np.sort(np.concatenate(drawn)))
+
+
+@dataclasses.dataclass(frozen=True)
+class LowData:
+  """A sample of `size` examples (Li & Liang 2021, section 6.3: 50 to 500, five seeds each)."""
+
+  size: int = 100
+  seed: int = 0
+
+  def __post_init__(self):
+    _check(self.size, self.seed)
+
+  def __call__(self, cache: TokenCache) -> TokenCache:
+    if cache.num_examples < self.size:
+      raise ValueError(f'{cache.meta["task"]}, {cache.meta["split"]}, has {cache.num_examples} '
+                       f'examples, fewer than {self.size}.')
+    rng = np.random.default_rng(self.seed)
+    return cache.take(np.sort(rng.permutation(cache.num_examples)[:self.size]))
+
+
+def _check(size: int, seed: int) -> None:
+  if type(size) is not int or size < 1 or type(seed) is not int or seed < 0:
+    raise ValueError(f'Expected a whole number of examples from 1 and a seed from 0, got {size!r} '
+                     f'and {seed!r}.')

@@ -1,0 +1,170 @@
+"""SeqIO preprocessors of pretraining objectives: {'text'} -> {'inputs', 'targets'}, EOS included.
+
+Texts are tokenised, joined end to end and cut into blocks, so that lengths are full. The noise of
+an example is always the same: it depends on the texts of its group and on `seed`, so that groups
+can be made in any order and in different processes.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from prompt_tuning_jax.tasks import denoising, noise
+
+TEXTS_PER_GROUP = 1024  # Joined texts; only a group's last block is shorter than the others.
+NUM_SPECIAL = 3  # Padding, EOS and the unknown piece stand before a vocabulary's pieces.
+
+
+def span_corruption(dataset: tf.data.Dataset, sequence_length: Mapping[str, int],
+                    output_features: Mapping[str, seqio.Feature], seed: int = 0,
+                    noise_density: float = noise.NOISE_DENSITY,
+                    mean_span_length: float = noise.MEAN_SPAN_LENGTH,
+                    target_sentinels: bool = True) -> tf.data.Dataset:
+  """Spans replaced with sentinels; targets are the spans, each behind its sentinel or without."""
+  vocabulary = output_features['inputs'].vocabulary
+  inputs, targets = sequence_length['inputs'], sequence_length['targets']
+  length = noise.raw_length(inputs, targets, noise_density, mean_span_length, target_sentinels)
+  _, spans = noise.noise_counts(length, noise_density, mean_span_length)
+  if spans > vocabulary.extra_ids:
+    raise ValueError(f'Inputs of {inputs} tokens have {spans} spans, the vocabulary only '
+                     f'{vocabulary.extra_ids} sentinels: shorten the inputs or lengthen the spans.')
+
+  def corrupt(block: np.ndarray, starts: np.ndarray, rng: np.random.Generator):
+    mask = noise.span_mask(*block.shape, rng, noise_density, mean_span_length)
+    sides = noise.span_corruption(block, mask, first_sentinel=vocabulary.vocab_size - 1)
+    return sides if target_sentinels else (sides[0], noise.noise_tokens(block, mask))
+
+  return _map_blocks(dataset, vocabulary, length, {'inputs': inputs, 'targets': targets}, corrupt,
+                     seed, shortest=2)
+
+
+def prefix_lm(dataset: tf.data.Dataset, sequence_length: Mapping[str, int],
+              output_features: Mapping[str, seqio.Feature], seed: int = 0) -> tf.data.Dataset:
+  """A text split at a random place."""
+  lengths = {key: sequence_length[key] for key in ('inputs', 'targets')}
+  length = noise.prefix_raw_length(*lengths.values())
+
+  def split(block: np.ndarray, starts: np.ndarray, rng: np.random.Generator):
+    points = noise.prefix_split_points(*block.shape, *lengths.values(), rng)
+    return noise.split_at(block, points)
+
+  return _map_blocks(dataset, output_features['inputs'].vocabulary, length, lengths, split, seed,
+                     shortest=2)
+
+
+def language_model(dataset: tf.data.Dataset, sequence_length: Mapping[str, int],
+                   output_features: Mapping[str, seqio.Feature], seed: int = 0) -> tf.data.Dataset:
+  """{'text'} -> {'targets'}: all of a text from left to right, and no inputs."""
+  lengths = {'targets': sequence_length['targets']}
+  return _map_blocks(dataset, output_features['targets'].vocabulary, _whole_length(lengths),
+                     lengths, lambda block, starts, rng: (noise.with_eos(block),), seed)
+
+
+def masked_lm(dataset: tf.data.Dataset, sequence_length: Mapping[str, int],
+              output_features: Mapping[str, seqio.Feature], seed: int = 0) -> tf.data.Dataset:
+  """BERT's masked text, `<extra_id_0>` being the mask; the target is the whole original text.
+
+  This is the text-to-text form of the objective (Raffel et al. 2020, table 3, "BERT-style"), with
+  BERT's 80 / 10 / 10 % of masks, random and unchanged tokens. Inputs and targets have the same
+  length, token by token. A token cache gives every target token the same weight: that BERT has a
+  loss only where a token was chosen is a matter of the masked-LM network that reads this task.
+  """
+  lengths = {key: sequence_length[key] for key in ('inputs', 'targets')}
+  vocabulary = output_features['inputs'].vocabulary
+  mask_id, pieces = _mask_id(vocabulary), vocabulary.vocab_size - vocabulary.extra_ids
+
+  def corrupt(block: np.ndarray, starts: np.ndarray, rng: np.random.Generator):
+    masked = denoising.masked_tokens(block, rng, mask_id, (NUM_SPECIAL, pieces))
+    return noise.with_eos(masked), noise.with_eos(block)
+
+  return _map_blocks(dataset, vocabulary, _whole_length(lengths), lengths, corrupt, seed)
+
+
+def bart_denoising(dataset: tf.data.Dataset, sequence_length: Mapping[str, int],
+                   output_features: Mapping[str, seqio.Feature], seed: int = 0,
+                   permute: bool = True, infill: bool = True) -> tf.data.Dataset:
+  """BART's noise, `<extra_id_0>` being the mask; the target is the whole original text.
+
+  Args:
+    permute: sentences stand in a random order.
+    infill: spans are replaced with one mask each, which makes inputs of about 0.8 of the targets.
+  """
+  lengths = {key: sequence_length[key] for key in ('inputs', 'targets')}
+  vocabulary = output_features['inputs'].vocabulary
+  mask_id = _mask_id(vocabulary) if infill else None
+
+  def corrupt(block: np.ndarray, starts: np.ndarray, rng: np.random.Generator):
+    noisy = denoising.permute_sentences(block, starts, rng) if permute else block
+    noisy = denoising.text_infilling(noisy, rng, mask_id) if infill else noise.with_eos(noisy)
+    return noisy, noise.with_eos(block)
+
+  return _map_blocks(dataset, vocabulary, _whole_length(lengths), lengths, corrupt, seed,
+                     pieces_of=denoising.sentences if permute else _whole_text)
+
+
+def _whole_length(lengths: Mapping[str, int]) -> int:
+  """Length of a text that fits, with EOS, every side whole."""
+  if min(lengths.values()) < 2:
+    raise ValueError(f'A text with EOS needs lengths of at least 2 tokens, got {dict(lengths)}: '
+                     'raise the task feature lengths.')
+  return min(lengths.values()) - 1
+
+
+def _mask_id(vocabulary: seqio.Vocabulary) -> int:
+  if not vocabulary.extra_ids:
+    raise ValueError('The mask is <extra_id_0>, but the vocabulary has no sentinels: give it '
+                     'extra_ids.')
+  return vocabulary.vocab_size - 1
+
+
+def _whole_text(text: str) -> list[str]:
+  return [text]
+
+
+def _map_blocks(dataset: tf.data.Dataset, vocabulary: seqio.Vocabulary, length: int,
+                lengths: Mapping[str, int], make: Callable, seed: int, shortest: int = 1,
+                pieces_of: Callable[[str], list[str]] = _whole_text) -> tf.data.Dataset:
+  """Texts -> tokens joined -> blocks [N, length] -> make(block, starts, rng) -> rows.
+
+  Args:
+    lengths: of the features that `make` returns, in this order: [N, at most so many], 0 = padding.
+    shortest: a group's rest of fewer tokens is dropped.
+    pieces_of: cuts a text into pieces that are tokenised alone; `starts` [N, length] is 1 where
+      one begins.
+  """
+
+  def rows_of(texts: np.ndarray) -> list[np.ndarray]:
+    # Not the group's number: groups of a split that is read in parts have the same noise.
+    rng = np.random.default_rng([seed, zlib.crc32(b'\0'.join(texts)), len(texts)])
+    ids, starts = _tokens_of(texts, vocabulary, pieces_of)
+    rows = [[np.zeros((0, width), np.int32)] for width in lengths.values()]
+    for block, begins in zip(noise.chunks(ids, length, shortest),
+                             noise.chunks(starts, length, shortest), strict=True):
+      for side, width, kept in zip(make(block, begins, rng), lengths.values(), rows, strict=True):
+        kept.append(np.pad(side, ((0, 0), (0, width - side.shape[1]))))
+    return [np.concatenate(kept) for kept in rows]
+
+  def group_to_rows(texts: tf.Tensor) -> dict[str, tf.Tensor]:
+    sides = tf.numpy_function(rows_of, [texts], [tf.int32] * len(lengths))
+    return {key: tf.ensure_shape(side, [None, width])
+            for (key, width), side in zip(lengths.items(), sides, strict=True)}
+
+  def drop_padding(row: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    return {key: tf.boolean_mask(ids, ids != 0) for key, ids in row.items()}
+
+  return (dataset.map(lambda example: example['text']).batch(TEXTS_PER_GROUP)
+          .map(group_to_rows, num_parallel_calls=2, deterministic=True).unbatch()
+          .map(drop_padding, num_parallel_calls=2, deterministic=True))
+
+
+def _tokens_of(texts: Sequence[bytes], vocabulary: seqio.Vocabulary,
+               pieces_of: Callable[[str], list[str]]) -> tuple[np.ndarray, np.ndarray]:
+  """All tokens end to end, and 1 where a piece begins: [n] and [n] int32."""
+  ids = [np.array(vocabulary.encode(piece), np.int32)
+         for text in texts for piece in pieces_of(text.decode('utf-8'))]
+  starts = [np.arange(len(piece), dtype=np.int32) == 0 for piece in ids]
+  empty = np.zeros(0, np.int32)
+  return np.concatenate([empty, *ids]), np.concatenate([empty, *starts])
