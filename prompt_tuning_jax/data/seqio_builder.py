@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import pkgutil
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -156,9 +157,12 @@ def _rows(task, split: str, words: Vocabulary, lengths: Mapping[str, int],
     raise ValueError(f'Task {task.name} has the features {", ".join(features)}; expected targets '
                      'and, except for language models, inputs.')
   assert isinstance(task, seqio.Task)
-  dataset = task.replace(output_features=features).get_dataset(
-      sequence_length={key: lengths[key] for key in features}, split=split, shuffle=False, seed=0,
-      num_epochs=1)
+  try:
+    dataset = task.replace(output_features=features).get_dataset(
+        sequence_length={key: lengths[key] for key in features}, split=split, shuffle=False, seed=0,
+        num_epochs=1)
+  except KeyError as error:
+    raise ValueError(_missing_field(task, split, str(error))) from error
   if max_examples is not None:
     dataset = dataset.take(max_examples)
   for place, example in _numbered(dataset, f'{task.name}, {split}'):
@@ -173,6 +177,14 @@ def _rows(task, split: str, words: Vocabulary, lengths: Mapping[str, int],
       tokens[key] = ids
     yield tokens['inputs'], tokens['targets'], (
         _row(task, example, tokens, words) if evaluated else None)
+
+
+def _missing_field(task, split: str, message: str) -> str:
+  """What a preprocessor looked for, and what there is."""
+  looked_for = re.findall(r"'(\w+)'", message.splitlines()[-1] or message)
+  fields = sorted(task.source.get_dataset(split, shuffle=False, seed=0).element_spec)
+  return (f'{task.name}, {split}: the rows have no field {looked_for[-1] if looked_for else "?"}, '
+          f'but {", ".join(fields)}: is this the data set (and version) that the task is for?')
 
 
 def _numbered(dataset, name: str) -> Iterator[tuple[str, dict[str, Any]]]:

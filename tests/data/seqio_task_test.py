@@ -39,6 +39,9 @@ def odd(dataset, *, field, value):
   return dataset.enumerate().map(lambda i, row: {
       **row, field: tf.where(tf.equal(i, 2), tf.constant(value), row[field])})
 
+def needs_sentence(dataset):
+  return dataset.map(lambda row: {'inputs': row['sentence'], 'targets': row['targets']})
+
 def add(name, count, metric_fns=(metrics.accuracy,), first=(), labels=('no', 'yes'), eos=True,
         features=FEATURES):
   seqio.TaskRegistry.add(
@@ -56,6 +59,7 @@ add('eos_by_us', 12, eos=False)
 add('broken', 3, first=(broken,))
 add('empty_target', 5, first=(functools.partial(odd, field='targets', value=''),))
 add('latin_1', 5, first=(functools.partial(odd, field='inputs', value=b'caf\\xe9 noir'),))
+add('fieldless', 5, first=(needs_sentence,))
 add('hidden', 5, first=(functools.partial(odd, field='targets', value='<unk>'),))
 add('nameless', 3, metric_fns=(lambda targets, predictions: {},))
 seqio.MixtureRegistry.add('even', [('many', 1), ('few', 1)])
@@ -107,6 +111,7 @@ def test_rows_tokens_and_cuts(tmp_path):
 
 @pytest.mark.parametrize(('name', 'message'), [
     ('empty_target', r'empty_target, train, row 2: the target is empty'),
+    ('fieldless', 'fieldless, train: the rows have no field sentence, but answers, inputs, targets'),
     ('latin_1', r'latin_1, train, row 2: the inputs are not UTF-8 \(.* at byte 3\)')])
 def test_a_bad_row_is_named(tmp_path, name, message):
   with pytest.raises(ValueError, match=message):
