@@ -94,7 +94,7 @@ def main():
       if f'glue_{name}' not in datasets and f'super_glue_{name}' not in datasets
       and not prepared.missing(datasets[name], folder)]
   results = {}
-  print(f'{"task":38} {"examples":>8} {"inputs":>7} {"padded":>7} {"buckets":>8} {"packed":>7}  row')
+  print(f'{"task":38} examples  inputs  padded  buckets  packed  packed row')
   with tempfile.TemporaryDirectory() as temporary:
     for name in names:
       cache = open_task(name, flags, temporary)

@@ -387,7 +387,8 @@ def _is_ours(error: ValueError) -> bool:
     last = last.tb_next
   path = pathlib.Path(last.tb_frame.f_code.co_filename)
   line = linecache.getline(str(path), last.tb_lineno)
-  return PACKAGE in path.resolve().parents and line.strip().startswith('raise ')
+  ours = {PACKAGE, PACKAGE.parent / 'tasks'}  # in a checkout, tasks/ stands beside the package
+  return bool(ours & set(path.resolve().parents)) and line.strip().startswith('raise ')
 
 
 def _refuse(error: Exception | str, status: int) -> int:

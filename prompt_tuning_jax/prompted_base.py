@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import flax.linen as nn
+import jax
 import numpy as np
 
 from prompt_tuning_jax import param_paths
@@ -12,6 +14,7 @@ from prompt_tuning_jax.networks import t5
 from prompt_tuning_jax.partitioning import Partitioner
 from prompt_tuning_jax.predictor import Predictor
 from prompt_tuning_jax.prompted_model import PromptedModel
+from prompt_tuning_jax.prompts.prefix import DirectPrefix, num_layers
 from prompt_tuning_jax.prompts.soft_prompt import SoftPrompt
 from prompt_tuning_jax.prompts.virtual_tokens import VirtualTokens
 from prompt_tuning_jax.types import PyTree
@@ -67,14 +70,42 @@ def load(base: str, prompt: str | None = None, *, network: t5.T5Config | None = 
                      '--vocabulary.')
   vocabulary = Vocabulary(loaded.vocabulary.file, loaded.vocabulary.extra_ids)
   config = dataclasses.replace(loaded.config, dtype=dtype)
-  module = virtual = None
-  params, metadata = loaded.params, {}
+  modules, virtual, params, metadata = {}, None, loaded.params, {}
   if file:
     prompt_file.check(file, loaded)
-    length = len(file.params.get(prompt_file.EMBEDDING, ()))
-    module, metadata = SoftPrompt(length, config.emb_dim), file.metadata
-    virtual = VirtualTokens(config.vocab_size, length, metadata.get('placement', 'before'))
+    metadata = file.metadata
+    modules, virtual = _parts(file, config)
     params = param_paths.merge(params, param_paths.unflatten(file.params))
-  predictor = Predictor(PromptedModel(t5.Transformer(config), module), vocabulary, virtual,
+  predictor = Predictor(PromptedModel(t5.Transformer(config), **modules), vocabulary, virtual,
                         batch_size, max_decode_length, partitioner)
   return PromptedBase(predictor, params, vocabulary, metadata)
+
+
+def _parts(file: prompt_file.PromptFile,
+           config: t5.T5Config) -> tuple[dict[str, nn.Module], VirtualTokens | None]:
+  """The modules that own a file's leaves, and the ids of its prompt."""
+  modules, virtual = {}, None
+  if prompt_file.EMBEDDING in file.params:
+    length = len(file.params[prompt_file.EMBEDDING])
+    modules['prompt'] = SoftPrompt(length, config.emb_dim)
+    virtual = VirtualTokens(config.vocab_size, length, file.metadata.get('placement', 'before'))
+  prefixes = {path.removeprefix('prefix/'): leaf for path, leaf in file.params.items()
+              if path.startswith('prefix/')}
+  if prefixes:
+    length = len(next(iter(prefixes.values()))[0, 0])
+    modules['prefix'] = DirectPrefix(length, num_layers(config, prefixes), config.num_heads,
+                                     config.head_dim)
+  _check_shapes(file, modules)
+  return modules, virtual
+
+
+def _check_shapes(file: prompt_file.PromptFile, modules: dict[str, nn.Module]) -> None:
+  """Raises ValueError where a file's leaves are not those that the base's network takes."""
+  expected = {}
+  for name, module in modules.items():
+    leaves = jax.eval_shape(module.init, jax.random.key(0))['params']
+    expected.update(param_paths.flatten({name: leaves}))
+  expected = {path: tuple(leaf.shape) for path, leaf in expected.items()}
+  found = {path: leaf.shape for path, leaf in file.params.items()}
+  if found != expected:
+    raise ValueError(f'The prompt file holds {found}, but this base takes {expected}.')

@@ -8,36 +8,41 @@ import jax.numpy as jnp
 
 from prompt_tuning_jax import objectives
 from prompt_tuning_jax.decoding import sample, token_choice
+from prompt_tuning_jax.networks.prefix import Prefix
 from prompt_tuning_jax.types import Array, Batch, PyTree
 
 
 class PromptedModel(nn.Module):
-  """The network and, beside it, the module that owns the trainable prompt (or None).
+  """The network and, beside it, the modules that own a trainable prompt and a prefix (or None).
 
-  The parameter tree is the network's own with `prompt/…` added: the base keeps its names. The
-  methods are the network's, without its `virtual_embeddings`.
+  The parameter tree is the network's own with `prompt/…` or `prefix/…` added: the base keeps its
+  names. The methods are the network's, without its `virtual_embeddings` and `prefix`.
   """
 
   network: nn.Module
   prompt: nn.Module | None = None
+  prefix: nn.Module | None = None
 
   def setup(self):
     nn.share_scope(self, self.network)
 
-  def _virtual(self):
-    return {} if self.prompt is None else {'virtual_embeddings': self.prompt()}
+  def _added(self):
+    added = {} if self.prompt is None else {'virtual_embeddings': self.prompt()}
+    if self.prefix is not None:  # One prefix for every example.
+      added['prefix'] = Prefix(**{place: x[:, :, None] for place, x in self.prefix().items()})
+    return added
 
   def encode(self, *args, **kwargs) -> Array:
     """As the network's `encode`."""
-    return self.network.encode(*args, **kwargs, **self._virtual())
+    return self.network.encode(*args, **kwargs, **self._added())
 
   def decode(self, *args, **kwargs) -> Array:
     """As the network's `decode`."""
-    return self.network.decode(*args, **kwargs, **self._virtual())
+    return self.network.decode(*args, **kwargs, **self._added())
 
   def __call__(self, *args, **kwargs) -> Array:
     """As the network's `__call__`."""
-    return self.network(*args, **kwargs, **self._virtual())
+    return self.network(*args, **kwargs, **self._added())
 
 
 def logits(model: PromptedModel, params: PyTree, batch: Batch,

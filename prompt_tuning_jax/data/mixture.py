@@ -72,11 +72,15 @@ class Mixture:
 
 
 def seqio_mixture(names: Sequence[str], rate: Rate = Proportional(),
-                  task: Callable[[str], Any] = SeqioTask) -> Mixture:
-  """The mixture of several SeqIO tasks, each made by `task(name)`."""
+                  modules: Sequence[str] = ('prompt_tuning_jax.tasks',),
+                  tfds_data_dir: str | None = None, train_split: str = 'train',
+                  eval_split: str | None = 'validation',
+                  max_examples: int | None = None) -> Mixture:
+  """The mixture of several SeqIO tasks; what follows `rate` is as of `SeqioTask`."""
   if isinstance(names, str):
     raise ValueError(f"MIXTURE_TASKS should be names such as ('sst2', 'mrpc'), got {names!r}.")
-  return Mixture([task(name) for name in names], rate)
+  return Mixture([SeqioTask(name, modules, tfds_data_dir, train_split, eval_split, max_examples)
+                  for name in names], rate)
 
 
 def as_mixture(task: Any) -> Mixture:

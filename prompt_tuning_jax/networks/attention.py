@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax.linen import partitioning
 
 from prompt_tuning_jax.networks import layers
+from prompt_tuning_jax.networks.prefix import LayerPrefix
 from prompt_tuning_jax.types import Array, DType
 
 MASKED = -1e10
@@ -75,12 +76,13 @@ class MultiHeadAttention(nn.Module):
   def __call__(self, inputs_q: Array, inputs_kv: Array, bias: Array | None = None,
                mask: Array | None = None, *, deterministic: bool = True,
                cache_index: Array | None = None, cache_length: int | None = None,
-               cross: bool = False) -> Array:
+               cross: bool = False, prefix: LayerPrefix | None = None) -> Array:
     """inputs_q: [B, T, D], inputs_kv: [B, S, D] -> [B, T, D].
 
     With `cache_length` the self-attention keys and values are written into a cache of that many
     positions from `cache_index` on, and attention runs over the whole cache: `mask` and `bias`
-    then have cache_length keys. The first call only makes the (empty) cache.
+    then have cache_length keys. The first call only makes the (empty) cache. A prefix stands before
+    all of these keys and is in no cache.
     """
     query = self._heads('query', inputs_q, _query_init(self.head_dim)).transpose(0, 2, 1, 3)
     if cross and self.has_variable('cross_cache', 'cached_key'):
@@ -93,6 +95,8 @@ class MultiHeadAttention(nn.Module):
         self.put_variable('cross_cache', 'cached_value', value)
     if cache_length is not None:
       key, value = self._update_cache(key, value, cache_index, cache_length)
+    if prefix is not None:
+      key, value, bias, mask = prefix.prepend(key, value, bias, mask)
     drop = layers.dropout(self.dropout_rate)
     out = attend(query, key, value, bias, mask, drop, deterministic)
     out = out.transpose(0, 2, 1, 3).reshape(*inputs_q.shape[:-1], -1)

@@ -15,8 +15,11 @@ from flax.linen import partitioning
 from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.networks import layers, masks
 from prompt_tuning_jax.networks.attention import MultiHeadAttention
+from prompt_tuning_jax.networks.prefix import LayerPrefix, Prefix
 from prompt_tuning_jax.networks.relative_position import RelativePositionBias
 from prompt_tuning_jax.types import Array
+
+NO_PREFIX = Prefix()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +79,14 @@ class EncoderLayer(nn.Module):
   config: T5Config
 
   @nn.compact
-  def __call__(self, x: Array, bias: Array, mask: Array, deterministic: bool) -> Array:
+  def __call__(self, x: Array, bias: Array, mask: Array, deterministic: bool,
+               prefix: LayerPrefix | None = None) -> Array:
     """x: [B, T, D], bias: [1, N, T, T], mask: [B, 1, T, T] -> [B, T, D]."""
     cfg = self.config
     drop = functools.partial(layers.dropout(cfg.dropout_rate), deterministic=deterministic)
     y = _norm(cfg, 'pre_attention_layer_norm')(x)
-    x += drop(_attention(cfg, 'attention')(y, y, bias, mask, deterministic=deterministic))
+    x += drop(_attention(cfg, 'attention')(y, y, bias, mask, deterministic=deterministic,
+                                         prefix=prefix))
     y = _norm(cfg, 'pre_mlp_layer_norm')(x)
     x += drop(_mlp(cfg)(y, deterministic))
     return partitioning.with_sharding_constraint(x, ('batch', 'length', 'embed'))
@@ -91,14 +96,16 @@ class Encoder(nn.Module):
   config: T5Config
 
   @nn.compact
-  def __call__(self, x: Array, mask: Array, deterministic: bool) -> Array:
+  def __call__(self, x: Array, mask: Array, deterministic: bool,
+               prefix: Prefix = NO_PREFIX) -> Array:
     """Embedded inputs x: [B, T, D], mask: [B, 1, T, T] -> [B, T, D]."""
     cfg = self.config
     positions = jnp.arange(x.shape[1])
     bias = _position_bias(cfg, bidirectional=True)(positions, positions)
     x = layers.dropout(cfg.dropout_rate)(x, deterministic=deterministic)
     for i in range(cfg.num_encoder_layers):
-      x = EncoderLayer(cfg, name=f'layers_{i}')(x, bias, mask, deterministic)
+      x = EncoderLayer(cfg, name=f'layers_{i}')(x, bias, mask, deterministic,
+                                                prefix.at('encoder', i))
     x = _norm(cfg, 'encoder_norm')(x)
     return layers.dropout(cfg.dropout_rate, broadcast=False)(x, deterministic=deterministic)
 
@@ -109,17 +116,19 @@ class DecoderLayer(nn.Module):
   @nn.compact
   def __call__(self, x: Array, encoded: Array, bias: Array, self_mask: Array | None,
                cross_mask: Array | None, deterministic: bool, cache_index: Array | None = None,
-               cache_length: int | None = None) -> Array:
+               cache_length: int | None = None, self_prefix: LayerPrefix | None = None,
+               cross_prefix: LayerPrefix | None = None) -> Array:
     """x: [B, S, D], encoded: [B, T, D] -> [B, S, D]."""
     cfg = self.config
     drop = functools.partial(layers.dropout(cfg.dropout_rate), deterministic=deterministic)
     y = _norm(cfg, 'pre_self_attention_layer_norm')(x)
     x += drop(_attention(cfg, 'self_attention')(
         y, y, bias, self_mask, deterministic=deterministic, cache_index=cache_index,
-        cache_length=cache_length))
+        cache_length=cache_length, prefix=self_prefix))
     y = _norm(cfg, 'pre_cross_attention_layer_norm')(x)
     x += drop(_attention(cfg, 'encoder_decoder_attention')(
-        y, encoded, None, cross_mask, deterministic=deterministic, cross=True))
+        y, encoded, None, cross_mask, deterministic=deterministic, cross=True,
+        prefix=cross_prefix))
     y = _norm(cfg, 'pre_mlp_layer_norm')(x)
     x += drop(_mlp(cfg)(y, deterministic))
     return partitioning.with_sharding_constraint(x, ('batch', 'length', 'embed'))
@@ -132,7 +141,7 @@ class Decoder(nn.Module):
   @nn.compact
   def __call__(self, x: Array, encoded: Array, self_mask: Array | None, cross_mask: Array | None,
                deterministic: bool, decode: bool = False,
-               max_decode_length: int | None = None) -> Array:
+               max_decode_length: int | None = None, prefix: Prefix = NO_PREFIX) -> Array:
     """Embedded targets x: [B, S, D], encoded: [B, T, D] -> logits [B, S, V] float32.
 
     With `decode`, the first call makes an empty cache of max_decode_length (default S) positions;
@@ -154,7 +163,8 @@ class Decoder(nn.Module):
     x = layers.dropout(cfg.dropout_rate)(x, deterministic=deterministic)
     for i in range(cfg.num_decoder_layers):
       x = DecoderLayer(cfg, name=f'layers_{i}')(
-          x, encoded, bias, self_mask, cross_mask, deterministic, index, length)
+          x, encoded, bias, self_mask, cross_mask, deterministic, index, length,
+          prefix.at('decoder', i), prefix.at('cross', i))
     x = _norm(cfg, 'decoder_norm')(x)
     x = layers.dropout(cfg.dropout_rate)(x, deterministic=deterministic)
     if cfg.logits_via_embedding:
@@ -182,7 +192,7 @@ class Transformer(nn.Module):
 
   def encode(self, encoder_input_tokens: Array, encoder_segment_ids: Array | None = None,
              encoder_positions: Array | None = None, enable_dropout: bool = True, *,
-             virtual_embeddings: Array | None = None) -> Array:
+             virtual_embeddings: Array | None = None, prefix: Prefix = NO_PREFIX) -> Array:
     """encoder_input_tokens: [B, T] int32 -> [B, T, D]."""
     del encoder_positions
     live = encoder_input_tokens > 0
@@ -190,14 +200,14 @@ class Transformer(nn.Module):
     if encoder_segment_ids is not None:
       mask &= masks.same_segment(encoder_segment_ids, encoder_segment_ids)
     embedded = self.token_embedder(encoder_input_tokens, virtual_embeddings)
-    return self.encoder(embedded, mask, not enable_dropout)
+    return self.encoder(embedded, mask, not enable_dropout, prefix)
 
   def decode(self, encoded: Array, encoder_input_tokens: Array, decoder_input_tokens: Array,
              decoder_target_tokens: Array, encoder_segment_ids: Array | None = None,
              decoder_segment_ids: Array | None = None, decoder_positions: Array | None = None,
              enable_dropout: bool = True, decode: bool = False,
              max_decode_length: int | None = None, *,
-             virtual_embeddings: Array | None = None) -> Array:
+             virtual_embeddings: Array | None = None, prefix: Prefix = NO_PREFIX) -> Array:
     """encoded: [B, T, D], the tokens: [B, T] and [B, S] int32 -> logits [B, S, V] float32.
 
     With `decode` the variables need a mutable `cache` (see `Decoder`), and masks come from it.
@@ -223,19 +233,20 @@ class Transformer(nn.Module):
         cross_mask &= masks.same_segment(decoder_segment_ids, encoder_segment_ids)
     embedded = self.token_embedder(decoder_input_tokens, virtual_embeddings)
     return self.decoder(embedded, encoded, self_mask, cross_mask, not enable_dropout, decode,
-                        max_decode_length)
+                        max_decode_length, prefix)
 
   def __call__(self, encoder_input_tokens: Array, decoder_input_tokens: Array,
                decoder_target_tokens: Array, encoder_segment_ids: Array | None = None,
                decoder_segment_ids: Array | None = None, encoder_positions: Array | None = None,
                decoder_positions: Array | None = None, enable_dropout: bool = True,
-               decode: bool = False, *, virtual_embeddings: Array | None = None) -> Array:
+               decode: bool = False, *, virtual_embeddings: Array | None = None,
+               prefix: Prefix = NO_PREFIX) -> Array:
     """Tokens [B, T] and [B, S] int32 -> logits [B, S, V] float32 (teacher forcing)."""
     encoded = self.encode(encoder_input_tokens, encoder_segment_ids, encoder_positions,
-                          enable_dropout, virtual_embeddings=virtual_embeddings)
+                          enable_dropout, virtual_embeddings=virtual_embeddings, prefix=prefix)
     return self.decode(encoded, encoder_input_tokens, decoder_input_tokens, decoder_target_tokens,
                        encoder_segment_ids, decoder_segment_ids, decoder_positions, enable_dropout,
-                       decode, virtual_embeddings=virtual_embeddings)
+                       decode, virtual_embeddings=virtual_embeddings, prefix=prefix)
 
 
 @dataclasses.dataclass(frozen=True)

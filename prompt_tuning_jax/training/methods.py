@@ -41,9 +41,9 @@ class PromptTuning:
     """What the data path writes into each input."""
     return VirtualTokens(num_embeddings, self.length, self.placement)
 
-  def initial(self, key, params: PyTree, vocabulary: Any) -> PyTree:
+  def initial(self, key, base: Base, vocabulary: Any) -> PyTree:
     """The leaves this method adds to the base's tree, from the base's embedding table."""
-    table = params['token_embedder']['embedding']
+    table = base.params['token_embedder']['embedding']
     return {'prompt': {'embedding': self.initializer(key, self.length, table, vocabulary)}}
 
   def save(self, path: pathlib.Path, trained: PyTree, base: Base, about: Mapping[str, Any]):
@@ -66,7 +66,7 @@ class ModelTuning:
   def virtual_tokens(self, num_embeddings: int) -> None:
     """Nothing is written into the inputs."""
 
-  def initial(self, key, params: PyTree, vocabulary: Any) -> PyTree:
+  def initial(self, key, base: Base, vocabulary: Any) -> PyTree:
     """Adds nothing."""
     return {}
 

@@ -75,7 +75,7 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
   words = _vocabulary(base)
   config = dataclasses.replace(base.config, dropout_rate=dropout_rate, dtype=activation_dtype)
   model, virtual = method.model(config), method.virtual_tokens(config.vocab_size)
-  trainable, frozen = _split(base, method.initial(jax.random.key(seed), base.params, words), method)
+  trainable, frozen = _split(base, method.initial(jax.random.key(seed), base, words), method)
   base = dataclasses.replace(base, params=None)  # `frozen` and `trainable` hold all there is
 
   lengths = dict(task_feature_lengths)

@@ -43,8 +43,8 @@ def test_a_task_alone_is_a_mixture_of_one():
   both = mixture.seqio_mixture(('sst2', 'mrpc'), Equal())
   assert mixture.as_mixture(both) is both
   assert both.name == 'sst2+mrpc' and [part.name for part in both.tasks] == ['sst2', 'mrpc']
-  made = mixture.seqio_mixture(('sst2', 'mrpc'), task=lambda name: SeqioTask(name, max_examples=3))
-  assert {part.max_examples for part in made.tasks} == {3}
+  made = mixture.seqio_mixture(('sst2', 'mrpc'), max_examples=3, eval_split=None)
+  assert {(part.max_examples, part.eval_split) for part in made.tasks} == {(3, None)}
 
 
 @pytest.mark.parametrize(('make', 'message'), [

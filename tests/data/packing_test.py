@@ -60,7 +60,7 @@ def test_every_example_is_in_one_row_that_has_room_for_it(inputs, targets, longe
 
 
 def test_short_examples_fill_up_rows_of_long_ones():
-  """Best fit, longest first: 60s take the 40s, and no row of 100 has a gap."""
+  """60s take the 40s, and no row of 100 has a gap."""
   members, offsets = pack(np.array([40] * 50 + [60] * 50), np.ones(100, int), 100, 10)
   assert len(offsets) - 1 == 50
   assert {tuple(sorted(row >= 50 for row in members[a:b]))

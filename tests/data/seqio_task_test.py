@@ -111,7 +111,8 @@ def test_rows_tokens_and_cuts(tmp_path):
 
 @pytest.mark.parametrize(('name', 'message'), [
     ('empty_target', r'empty_target, train, row 2: the target is empty'),
-    ('fieldless', 'fieldless, train: the rows have no field sentence, but answers, inputs, targets'),
+    ('fieldless', 'fieldless, train: the rows have no field sentence, but answers, inputs, '
+     'targets'),
     ('latin_1', r'latin_1, train, row 2: the inputs are not UTF-8 \(.* at byte 3\)')])
 def test_a_bad_row_is_named(tmp_path, name, message):
   with pytest.raises(ValueError, match=message):

@@ -3,6 +3,7 @@
 The weights are mapped here, independently of `checkpoints/`.
 """
 
+import copy
 import dataclasses
 import functools
 
@@ -13,7 +14,9 @@ import pytest
 
 from prompt_tuning_jax import param_paths, prompted_model
 from prompt_tuning_jax.networks import t5
+from prompt_tuning_jax.networks.prefix import PLACES
 from prompt_tuning_jax.prompted_model import PromptedModel
+from prompt_tuning_jax.prompts.prefix import DirectPrefix, num_layers
 from prompt_tuning_jax.prompts.soft_prompt import SoftPrompt
 from prompt_tuning_jax.prompts.virtual_tokens import PLACEMENTS, VirtualTokens
 
@@ -272,3 +275,61 @@ def test_bfloat16_is_as_close_as_bfloat16_in_torch():
   assert ours.dtype == jnp.float32
   error = np.asarray(ours)[targets > 0] - exact
   assert np.sqrt(np.mean(error ** 2) / np.mean(exact ** 2)) < 0.05
+
+
+def with_prefix(attention, keys, values):
+  """Puts a hand-written attention in the place of a torch T5Attention's: keys, values [P, N, H]."""
+
+  def forward(hidden_states, mask=None, key_value_states=None, position_bias=None, **_):
+    states = hidden_states if key_value_states is None else key_value_states
+    heads = lambda layer, x: layer(x).view(
+        *x.shape[:2], attention.n_heads, attention.key_value_proj_dim).transpose(1, 2)
+    query, key, value = (heads(layer, x) for layer, x in (
+        (attention.q, hidden_states), (attention.k, states), (attention.v, states)))
+    if position_bias is None:
+      shape = hidden_states.shape[1], states.shape[1]
+      position_bias = (attention.compute_bias(*shape) if attention.has_relative_attention_bias
+                       else torch.zeros(1, 1, *shape))
+    own = query @ key.transpose(2, 3) + position_bias + (0 if mask is None else mask)
+    of_prefix = torch.einsum('bnth,pnh->bntp', query, keys)  # No bias, no mask.
+    weights = torch.cat([of_prefix, own], dim=-1).softmax(-1)
+    out = torch.einsum('bntp,pnh->bnth', weights[..., :len(keys)], values)
+    out = out + weights[..., len(keys):] @ value
+    return attention.o(out.transpose(1, 2).flatten(2)), position_bias, weights
+
+  attention.forward = forward
+
+
+@pytest.mark.parametrize('kind', ['t5_1_1', 't5_1_0', 'byt5'])
+def test_a_prefix_in_every_attention_is_that_of_a_patched_torch_t5(kind):
+  model, config, params = network(kind)
+  model = copy.deepcopy(model)
+  prefix = {place: (1.5 * np.random.default_rng(i).normal(
+      size=(layers, 2, P, config.num_heads, config.head_dim))).astype(np.float32)
+            for i, (place, layers) in enumerate(num_layers(config, PLACES).items())}
+  leaves = {place: torch.tensor(array, requires_grad=True) for place, array in prefix.items()}
+  for i, block in enumerate(model.encoder.block):
+    with_prefix(block.layer[0].SelfAttention, *leaves['encoder'][i])
+  for i, block in enumerate(model.decoder.block):
+    with_prefix(block.layer[0].SelfAttention, *leaves['decoder'][i])
+    with_prefix(block.layer[1].EncDecAttention, *leaves['cross'][i])
+  inputs, targets = batch(3, (40, 18, 4), (22, 5, 9))
+  expected = model(input_ids=tensor(inputs), attention_mask=tensor(inputs > 0), use_cache=False,
+                   decoder_input_ids=tensor(shifted(targets)),
+                   labels=tensor(np.where(targets > 0, targets, -100)))
+  expected.loss.backward()
+
+  ours = PromptedModel(t5.Transformer(config), prefix=DirectPrefix(
+      P, num_layers(config, PLACES), config.num_heads, config.head_dim))
+  made = {'encoder_input_tokens': inputs, 'decoder_input_tokens': shifted(targets),
+          'decoder_target_tokens': targets,
+          'decoder_loss_weights': (targets > 0).astype(np.float32)}
+  logits = jax.jit(functools.partial(prompted_model.logits, ours))(
+      {**params, 'prefix': prefix}, made)
+  close(logits[targets > 0], expected.logits[tensor(targets > 0).bool()].detach())
+  gradients = jax.jit(jax.grad(lambda prefix: prompted_model.loss(
+      ours, {**params, 'prefix': prefix}, made)[0]))(prefix)
+  for place, gradient in gradients.items():
+    close(gradient, leaves[place].grad, 5e-4)
+    assert all(np.abs(gradient[layer, part]).max() > 0  # every layer, keys and values
+               for layer in range(len(gradient)) for part in range(2))

@@ -1,0 +1,66 @@
+"""What README tells to type: training commands are understood, and the example of a task works."""
+
+import pathlib
+import re
+import shlex
+import sys
+
+import pytest
+
+from prompt_tuning_jax import launch
+from prompt_tuning_jax.data import seqio_builder, token_cache
+
+README = (pathlib.Path(__file__).resolve().parent.parent / 'README.md').read_text('utf-8')
+SHELL = '\n'.join(re.findall(r'```bash\n(.*?)```', README, re.DOTALL))
+COMMANDS = [shlex.split(line, comments=True)
+            for line in SHELL.replace('\\\n', ' ').splitlines()
+            if line.startswith('python -m prompt_tuning_jax.train ')]
+
+
+@pytest.mark.parametrize('command', COMMANDS, ids=range(len(COMMANDS)))
+def test_training_commands_are_understood(command, tmp_path, monkeypatch):
+  """All but what they read: a data file named in a command is made here."""
+  monkeypatch.chdir(tmp_path)
+  for name in ('train.jsonl', 'dev.jsonl', 'spiece.model'):
+    (tmp_path / name).write_text('{"text": "a", "label": "b"}\n')
+  assert launch.train([*command[3:], '--dry_run']) == 0
+
+
+def test_there_are_commands():
+  assert len(COMMANDS) >= 8
+
+
+def test_the_example_of_a_benchmark_is_a_task(tmp_path, monkeypatch):
+  tfds = pytest.importorskip('tensorflow_datasets')
+
+  class RottenTomatoes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """As in the TFDS catalogue, with two rows."""
+
+    name, VERSION = 'rotten_tomatoes', tfds.core.Version('1.0.0')
+
+    def _info(self):
+      return self.dataset_info_from_configs(features=tfds.features.FeaturesDict({
+          'text': tfds.features.Text(), 'label': tfds.features.ClassLabel(names=['neg', 'pos'])}))
+
+    def _split_generators(self, dl_manager):
+      return {'train': iter([(0, {'text': 'a gem .', 'label': 'pos'}),
+                             (1, {'text': 'dull', 'label': 'neg'})])}
+
+    def _generate_examples(self):
+      raise AssertionError
+
+  RottenTomatoes(data_dir=tmp_path / 'tfds').download_and_prepare()
+  code = re.search(r'```python\n(.*?)```', README, re.DOTALL)[1]
+  assert len(code.splitlines()) < 80
+  (tmp_path / 'rotten_tomatoes.py').write_text(code)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'tfds'))
+  monkeypatch.setattr(tfds.core.constants, 'DATA_DIR', str(tmp_path / 'tfds'))
+  seqio_builder.build('rotten_tomatoes', ['rotten_tomatoes'], 'train',
+                      {'file': 'bytes', 'extra_ids': 100}, {'inputs': 30, 'targets': 12},
+                      str(tmp_path / 'cache'), None)
+  rows = token_cache.open_cache(tmp_path / 'cache').rows
+  assert {(row['inputs'], row['targets'], row['target']) for row in rows} == {
+      ('text: a gem .', 'positive', 1), ('text: dull', 'negative', 0)}
+  assert rows[0]['choices'] == ['negative', 'positive']
+  assert 'rotten_tomatoes' in sys.modules
