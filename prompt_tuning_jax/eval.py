@@ -31,10 +31,11 @@ def _task(flags, prompted) -> Answered:
   from prompt_tuning_jax.data import token_cache
   from prompt_tuning_jax.data.seqio_task import SeqioTask
   from prompt_tuning_jax.training.evaluate import Evaluator
-  task = SeqioTask(flags.task, eval_split=flags.split)
+  task = SeqioTask(flags.task, eval_split=flags.split, sentinel=flags.sentinel,
+                   modules=tuple(flags.modules))
   lengths = {'inputs': flags.max_input_length, 'targets': flags.max_decode_length}
   cache = token_cache.open_or_build(task, task.eval_split, prompted.vocabulary, lengths)
-  evaluator = Evaluator(prompted.predictor, cache)
+  evaluator = Evaluator(prompted.predictor, cache, rank_labels=not flags.decode)
   values = evaluator(prompted.params).values
   return task.name, {'examples': cache.num_examples, **values}, evaluator.answered()
 
@@ -53,7 +54,7 @@ def _file(flags, prompted) -> Answered:
   for (place, _), target in zip(rows, targets, strict=True):
     if labels and target not in labels:
       raise ValueError(f'{place}: the target {target!r} is none of the labels {labels}.')
-  if labels:
+  if labels and not flags.decode:
     ranked = prompted.predictor.rank(prompted.params, inputs, [labels] * len(inputs))
     predictions = [labels[int(np.argmax(scores))] for scores in ranked]
   else:
@@ -94,6 +95,12 @@ def main(argv: list[str]) -> int:
                     help='one JSON object a line (or .csv, .tsv; also .gz)')
   what.add_argument('--task', metavar='NAME', help='a SeqIO task, such as sst2')
   made.add_argument('--split', default='validation', help="the task's split (default validation)")
+  made.add_argument('--modules', nargs='*', default=(), metavar='MODULE',
+                    help='Python modules that register tasks of your own')
+  made.add_argument('--sentinel', action='store_true',
+                    help="the task's targets begin with <extra_id_0>, as the prompt was trained")
+  made.add_argument('--decode', action='store_true',
+                    help='generate labels too instead of ranking them: what is no label is wrong')
   made.add_argument('--output', type=verb.path, metavar='FILE.jsonl',
                     help='every example with its "prediction"')
   return verb.run(made, argv, evaluate)

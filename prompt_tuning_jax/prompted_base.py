@@ -17,6 +17,7 @@ from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts.prefix import DirectPrefix, num_layers
 from prompt_tuning_jax.prompts.soft_prompt import SoftPrompt
 from prompt_tuning_jax.prompts.virtual_tokens import VirtualTokens
+from prompt_tuning_jax.prompts.weight_changes import combined
 from prompt_tuning_jax.types import PyTree
 
 
@@ -75,7 +76,7 @@ def load(base: str, prompt: str | None = None, *, network: t5.T5Config | None = 
     prompt_file.check(file, loaded)
     metadata = file.metadata
     modules, virtual = _parts(file, config)
-    params = param_paths.merge(params, param_paths.unflatten(file.params))
+    params = _with_leaves(file, params)
   predictor = Predictor(PromptedModel(t5.Transformer(config), **modules), vocabulary, virtual,
                         batch_size, max_decode_length, partitioner)
   return PromptedBase(predictor, params, vocabulary, metadata)
@@ -95,17 +96,26 @@ def _parts(file: prompt_file.PromptFile,
     length = len(next(iter(prefixes.values()))[0, 0])
     modules['prefix'] = DirectPrefix(length, num_layers(config, prefixes), config.num_heads,
                                      config.head_dim)
-  _check_shapes(file, modules)
-  return modules, virtual
-
-
-def _check_shapes(file: prompt_file.PromptFile, modules: dict[str, nn.Module]) -> None:
-  """Raises ValueError where a file's leaves are not those that the base's network takes."""
   expected = {}
   for name, module in modules.items():
     leaves = jax.eval_shape(module.init, jax.random.key(0))['params']
     expected.update(param_paths.flatten({name: leaves}))
   expected = {path: tuple(leaf.shape) for path, leaf in expected.items()}
-  found = {path: leaf.shape for path, leaf in file.params.items()}
+  found = {path: leaf.shape for path, leaf in file.params.items()
+           if path.partition('/')[0] in modules}
   if found != expected:
     raise ValueError(f'The prompt file holds {found}, but this base takes {expected}.')
+  return modules, virtual
+
+
+def _with_leaves(file: prompt_file.PromptFile, params: PyTree) -> PyTree:
+  """The base's parameters with a file's: leaves beside them, changes of them, or in their place."""
+  leaves, taken = param_paths.flatten(params), {}
+  for path, leaf in file.params.items():
+    if path in leaves:
+      if leaf.shape != leaves[path].shape:
+        raise ValueError(f'The prompt file holds {path} {list(leaf.shape)}, but in this base it is '
+                         f'{list(leaves[path].shape)}.')
+      leaf = jax.device_put(leaf.astype(leaves[path].dtype), leaves.pop(path).sharding)
+    taken[path] = leaf
+  return combined(param_paths.unflatten(taken), param_paths.unflatten(leaves))

@@ -1,7 +1,7 @@
 """What one row of a SeqIO task looks like, as texts."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import seqio
@@ -14,8 +14,8 @@ def first(task: seqio.Task, split: str) -> dict[str, str]:
   """A split's first row before it is tokenised.
 
   Returns:
-    'inputs' and 'targets', 'choices' if there are any, and 'answer' if the task has a
-    postprocessor: what it makes of the target.
+    'inputs' and 'targets', 'choices' if there are any, and if the task has a postprocessor,
+    'answer', what it makes of the target, and 'metrics', the names of their numbers.
   """
   steps = list(task.preprocessors)
   if seqio.preprocessors.tokenize not in steps:
@@ -30,9 +30,20 @@ def first(task: seqio.Task, split: str) -> dict[str, str]:
   if 'choices' in row:
     shown = {**shown, 'choices': ', '.join(row.pop('choices'))}
   if task.postprocessor:
-    answer = task.postprocess_fn(texts['targets'], example={**row, **texts}, is_target=True)
-    shown = {**shown, 'answer': repr(answer)}
+    target, prediction = (task.postprocess_fn(texts['targets'], example={**row, **texts},
+                                              is_target=side) for side in (True, False))
+    shown = {**shown, 'answer': repr(target),
+             'metrics': ', '.join(name for function in task.metric_fns
+                                  for name in _numbers(function, target, prediction))}
   return shown
+
+
+def _numbers(function: Callable, target: Any, prediction: Any) -> list[str]:
+  """The names of a metric's numbers, or its own where one example does not tell them."""
+  try:
+    return list(function([target], [prediction])) or [function.__name__]
+  except ValueError:  # A package is missing, or the example has no reference.
+    return [function.__name__]
 
 
 def _of_tokens(task: seqio.Task, split: str) -> dict[str, str]:

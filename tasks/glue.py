@@ -1,10 +1,9 @@
 """GLUE's nine tasks (Wang et al. 2019), as `glue_sst2` or `sst2` and so on.
 
-`glue_mrpc_as_qqp` shows MRPC in QQP's words, for prompts trained on QQP, and `glue_qqp_as_mrpc` the
-other way round (Lester et al. 2021, section 5). MNLI's split `validation` is validation_matched.
+`glue_mrpc_as_qqp` has MRPC's rows with QQP's labels, for prompts trained on QQP, and
+`glue_qqp_as_mrpc` the other way round; the fields keep their own names (Lester et al. 2021,
+section 5). MNLI's split `validation` is validation_matched.
 """
-
-import functools
 
 import seqio
 import tensorflow as tf
@@ -71,10 +70,8 @@ _register('cola', ('sentence',), ('unacceptable', 'acceptable'),
 _register('sst2', ('sentence',), ('negative', 'positive'), RIGHT)
 _register('mrpc', SENTENCES, EQUIVALENT, RIGHT_AND_F1)
 _register('qqp', QUESTIONS, DUPLICATE, (metrics.f1, metrics.accuracy))
-_register('mrpc_as_qqp', QUESTIONS, DUPLICATE, RIGHT_AND_F1, prepare=functools.partial(
-    classification.rename, question1='sentence1', question2='sentence2'))
-_register('qqp_as_mrpc', SENTENCES, EQUIVALENT, RIGHT_AND_F1, prepare=functools.partial(
-    classification.rename, sentence1='question1', sentence2='question2'))
+_register('mrpc_as_qqp', SENTENCES, DUPLICATE, RIGHT_AND_F1)
+_register('qqp_as_mrpc', QUESTIONS, EQUIVALENT, RIGHT_AND_F1)
 for mnli in ('mnli', 'mnli_matched', 'mnli_mismatched'):
   _register(mnli, ('hypothesis', 'premise'), ('entailment', 'neutral', 'contradiction'), RIGHT)
 _register('qnli', ('question', 'sentence'), ('entailment', 'not_entailment'), RIGHT)

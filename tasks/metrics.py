@@ -2,7 +2,7 @@
 
 They compare what a task's postprocessor gives: class ids, unless they say something else. Plain
 NumPy, without SeqIO or TensorFlow: evaluation finds them by name. A prediction that is no class
-(-1) is wrong. All are larger when better, in percent.
+(-1) is wrong whatever the target. All are larger when better, in percent.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import numpy as np
 
 from prompt_tuning_jax.tasks.answers import normalize_answer, token_f1
 
-HIGHEST_SIMILARITY = 5.0  # STS-B's scores begin at 0.
+NUM_CB_CLASSES = 3
 
 
 def accuracy(targets: Sequence, predictions: Sequence) -> dict[str, float]:
@@ -22,19 +22,23 @@ def accuracy(targets: Sequence, predictions: Sequence) -> dict[str, float]:
 
 
 def f1(targets: Sequence[int], predictions: Sequence[int]) -> dict[str, float]:
-  """F1 of class 1 against everything else (MRPC, QQP)."""
+  """F1 of class 1 of the classes 0 and 1 (MRPC, QQP).
+
+  As in T5, a prediction that is neither counts as the wrong one of them.
+  """
   _check(targets, predictions)
-  return {'f1': 100.0 * _f1_of_class(np.asarray(targets), np.asarray(predictions), 1)}
+  return {'f1': 100.0 * _binary_f1(np.asarray(targets), np.asarray(predictions))}
 
 
 def mean_f1(targets: Sequence[int], predictions: Sequence[int]) -> dict[str, float]:
-  """F1 of each class, averaged without weights (CommitmentBank)."""
+  """F1 of the classes 0, 1 and 2, averaged without weights (CommitmentBank).
+
+  A class that does not occur counts as 0; a prediction that is no class is one of none of them.
+  """
   _check(targets, predictions)
   targets, predictions = np.asarray(targets), np.asarray(predictions)
-  # As SuperGLUE does, over the classes that occur; a prediction that is no class counts as none.
-  classes = sorted({*targets.tolist(), *predictions.tolist()} - {-1})
   return {'mean_f1': 100.0 * float(np.mean([_f1_of_class(targets, predictions, c)
-                                            for c in classes]))}
+                                            for c in range(NUM_CB_CLASSES)]))}
 
 
 def matthews_correlation(targets: Sequence[int], predictions: Sequence[int]) -> dict[str, float]:
@@ -54,27 +58,24 @@ def matthews_correlation(targets: Sequence[int], predictions: Sequence[int]) -> 
 
 def pearson_correlation(targets: Sequence[float],
                         predictions: Sequence[float]) -> dict[str, float]:
-  """Pearson's correlation of scores from 0 to 5 (STS-B); 0 where one side is constant.
-
-  A prediction below 0 is none and counts as the end of the scale that is farther from the target.
-  """
+  """Pearson's correlation of scores (STS-B); 0 where one side is constant."""
   _check(targets, predictions)
-  return {'pearson_correlation': 100.0 * _correlation(*_scores(targets, predictions))}
+  scores = (np.asarray(side, np.float64) for side in (targets, predictions))
+  return {'pearson_correlation': 100.0 * _correlation(*scores)}
 
 
 def spearman_correlation(targets: Sequence[float],
                          predictions: Sequence[float]) -> dict[str, float]:
   """The same for ranks, equal scores sharing the mean of theirs (STS-B)."""
   _check(targets, predictions)
-  ranks = map(_ranks, _scores(targets, predictions))
-  return {'spearman_correlation': 100.0 * _correlation(*ranks)}
+  return {'spearman_correlation': 100.0 * _correlation(_ranks(targets), _ranks(predictions))}
 
 
 def f1_of_answers(targets: Sequence[dict], predictions: Sequence[dict]) -> dict[str, float]:
-  """F1 of label 1 over all answers of all questions (MultiRC's F1a)."""
+  """F1 of label 1 over all answers of all questions (MultiRC's F1a); as `f1`."""
   _check(targets, predictions)
   labels = ([side['label'] for side in sides] for sides in (targets, predictions))
-  return {'f1a': 100.0 * _f1_of_class(*map(np.asarray, labels), 1)}
+  return {'f1a': 100.0 * _binary_f1(*map(np.asarray, labels))}
 
 
 def exact_match_of_questions(targets: Sequence[dict],
@@ -112,13 +113,7 @@ def record_em_f1(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -
   return {'exact_match': 100.0 * float(np.mean(exact)), 'f1': 100.0 * float(np.mean(best))}
 
 
-def _scores(targets: Sequence[float], predictions: Sequence[float]) -> tuple[np.ndarray, ...]:
-  targets, predictions = np.asarray(targets, np.float64), np.asarray(predictions, np.float64)
-  farther = np.where(targets < HIGHEST_SIMILARITY / 2, HIGHEST_SIMILARITY, 0.0)
-  return targets, np.where(predictions < 0, farther, predictions)
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
+def _ranks(values: Sequence[float]) -> np.ndarray:
   _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
   return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
@@ -128,6 +123,11 @@ def _correlation(xs: np.ndarray, ys: np.ndarray) -> float:
     return 0.0
   xs, ys = xs - xs.mean(), ys - ys.mean()
   return float((xs * ys).sum() / np.sqrt((xs * xs).sum() * (ys * ys).sum()))
+
+
+def _binary_f1(targets: np.ndarray, predictions: np.ndarray) -> float:
+  is_class = (predictions == 0) | (predictions == 1)
+  return _f1_of_class(targets, np.where(is_class, predictions, 1 - targets), 1)
 
 
 def _f1_of_class(targets: np.ndarray, predictions: np.ndarray, positive: int) -> float:

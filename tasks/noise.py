@@ -5,7 +5,7 @@ Lester et al. 2021, section 2.2). Rows of one length are corrupted together. Nee
 nor TensorFlow.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -155,15 +155,25 @@ def split_at(tokens: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.nda
   return tuple(sides)
 
 
-def chunks(tokens: Sequence[int] | np.ndarray, length: int,
-           shortest: int = 2) -> Iterator[np.ndarray]:
-  """Blocks [N, length] int32 of a stream of tokens, then its rest [1, < length] if long enough."""
-  tokens = np.asarray(tokens, np.int32)
-  full = len(tokens) // length * length
-  if full:
-    yield tokens[:full].reshape(-1, length)
-  if len(tokens) - full >= shortest:
-    yield tokens[full:][None]
+def blocks(ends: Sequence[int] | np.ndarray, length: int,
+           shortest: int = 2) -> tuple[np.ndarray, np.ndarray]:
+  """Cuts streams of tokens, which stand end to end, into blocks of one stream each.
+
+  Args:
+    ends: where each stream ends; the first begins at 0, another at the one's end before it.
+    length: of all blocks of a stream but its last, its rest.
+    shortest: shorter rests are no blocks.
+
+  Returns:
+    Where blocks begin and how long they are: [N] and [N] int64, in order.
+  """
+  ends = np.asarray(ends, np.int64)
+  sizes = np.diff(ends, prepend=0)
+  counts = -(-sizes // length)
+  number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+  begins = np.repeat(ends - sizes, counts) + number * length
+  kept = np.minimum(np.repeat(ends, counts) - begins, length)
+  return begins[kept >= shortest], kept[kept >= shortest]
 
 
 def _compositions(rng: np.random.Generator, rows: int, total: int, parts: int) -> np.ndarray:

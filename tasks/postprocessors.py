@@ -1,5 +1,6 @@
 """From an answer's text to what metrics compare. Without SeqIO or TensorFlow, found by name."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ def grouped_class_id(text: str, label_classes: Sequence[str], example: Mapping[s
 
 
 def similarity_score(text: str, example: Mapping[str, Any], is_target: bool = False) -> float:
-  """STS-B: the score that a text names, -1 if it names none from 0 to 5.
+  """STS-B: the number that a text is, -1 if it is none.
 
   A target is the example's own score, not the one rounded to what the text can say.
   """
@@ -41,7 +42,7 @@ def similarity_score(text: str, example: Mapping[str, Any], is_target: bool = Fa
     score = float(text)
   except ValueError:
     return -1.0
-  return score if 0 <= score <= 5 else -1.0
+  return score if math.isfinite(score) else -1.0
 
 
 def right_answers(text: str, example: Mapping[str, Any], is_target: bool = False) -> Any:

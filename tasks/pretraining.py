@@ -1,6 +1,7 @@
 """SeqIO preprocessors of pretraining objectives: {'text'} -> {'inputs', 'targets'}, EOS included.
 
-Texts are tokenised, joined end to end and cut into blocks, so that lengths are full. The noise of
+Texts are tokenised, joined end to end and cut into blocks, so that lengths are full. Prefix LM
+alone joins none, as in T5: each text is cut on its own, and its last block is shorter. The noise of
 an example is always the same: it depends on the texts of its group and on `seed`, so that groups
 can be made in any order and in different processes.
 """
@@ -14,7 +15,7 @@ import tensorflow as tf
 
 from prompt_tuning_jax.tasks import denoising, noise
 
-TEXTS_PER_GROUP = 1024  # Joined texts; only a group's last block is shorter than the others.
+TEXTS_PER_GROUP = 1024  # Of joined texts, only a group's last block is shorter than the others.
 NUM_SPECIAL = 3  # Padding, EOS and the unknown piece stand before a vocabulary's pieces.
 
 
@@ -43,7 +44,10 @@ def span_corruption(dataset: tf.data.Dataset, sequence_length: Mapping[str, int]
 
 def prefix_lm(dataset: tf.data.Dataset, sequence_length: Mapping[str, int],
               output_features: Mapping[str, seqio.Feature], seed: int = 0) -> tf.data.Dataset:
-  """A text split at a random place."""
+  """A text, or each block of a long one, split at a random place.
+
+  No block has tokens of two texts. A text's rest of one token cannot be split and is dropped.
+  """
   lengths = {key: sequence_length[key] for key in ('inputs', 'targets')}
   length = noise.prefix_raw_length(*lengths.values())
 
@@ -52,7 +56,7 @@ def prefix_lm(dataset: tf.data.Dataset, sequence_length: Mapping[str, int],
     return noise.split_at(block, points)
 
   return _map_blocks(dataset, output_features['inputs'].vocabulary, length, lengths, split, seed,
-                     shortest=2)
+                     shortest=2, join=False)
 
 
 def language_model(dataset: tf.data.Dataset, sequence_length: Mapping[str, int],
@@ -126,26 +130,31 @@ def _whole_text(text: str) -> list[str]:
 
 def _map_blocks(dataset: tf.data.Dataset, vocabulary: seqio.Vocabulary, length: int,
                 lengths: Mapping[str, int], make: Callable, seed: int, shortest: int = 1,
-                pieces_of: Callable[[str], list[str]] = _whole_text) -> tf.data.Dataset:
-  """Texts -> tokens joined -> blocks [N, length] -> make(block, starts, rng) -> rows.
+                pieces_of: Callable[[str], list[str]] = _whole_text,
+                join: bool = True) -> tf.data.Dataset:
+  """Texts -> tokens -> blocks [N, at most `length`] -> make(block, starts, rng) -> rows.
 
   Args:
     lengths: of the features that `make` returns, in this order: [N, at most so many], 0 = padding.
-    shortest: a group's rest of fewer tokens is dropped.
-    pieces_of: cuts a text into pieces that are tokenised alone; `starts` [N, length] is 1 where
-      one begins.
+    shortest: a rest of fewer tokens, of a group or a text, is dropped.
+    pieces_of: cuts a text into pieces that are tokenised alone; `starts`, of the block's shape, is
+      1 where one begins.
+    join: a group's texts are one stream; otherwise each is, and blocks of one length are made
+      together. Rows have the order of the texts in any case.
   """
 
   def rows_of(texts: np.ndarray) -> list[np.ndarray]:
     # Not the group's number: groups of a split that is read in parts have the same noise.
     rng = np.random.default_rng([seed, zlib.crc32(b'\0'.join(texts)), len(texts)])
-    ids, starts = _tokens_of(texts, vocabulary, pieces_of)
-    rows = [[np.zeros((0, width), np.int32)] for width in lengths.values()]
-    for block, begins in zip(noise.chunks(ids, length, shortest),
-                             noise.chunks(starts, length, shortest), strict=True):
-      for side, width, kept in zip(make(block, begins, rng), lengths.values(), rows, strict=True):
-        kept.append(np.pad(side, ((0, 0), (0, width - side.shape[1]))))
-    return [np.concatenate(kept) for kept in rows]
+    ids, starts, ends = _tokens_of(texts, vocabulary, pieces_of)
+    begins, sizes = noise.blocks(ends[-1:] if join else ends, length, shortest)
+    rows = [np.zeros((len(begins), width), np.int32) for width in lengths.values()]
+    for size in np.unique(sizes)[::-1]:
+      same = np.flatnonzero(sizes == size)
+      places = begins[same, None] + np.arange(size)
+      for side, all_rows in zip(make(ids[places], starts[places], rng), rows, strict=True):
+        all_rows[same, :side.shape[1]] = side
+    return rows
 
   def group_to_rows(texts: tf.Tensor) -> dict[str, tf.Tensor]:
     sides = tf.numpy_function(rows_of, [texts], [tf.int32] * len(lengths))
@@ -161,10 +170,13 @@ def _map_blocks(dataset: tf.data.Dataset, vocabulary: seqio.Vocabulary, length: 
 
 
 def _tokens_of(texts: Sequence[bytes], vocabulary: seqio.Vocabulary,
-               pieces_of: Callable[[str], list[str]]) -> tuple[np.ndarray, np.ndarray]:
-  """All tokens end to end, and 1 where a piece begins: [n] and [n] int32."""
-  ids = [np.array(vocabulary.encode(piece), np.int32)
-         for text in texts for piece in pieces_of(text.decode('utf-8'))]
+               pieces_of: Callable[[str], list[str]]) -> tuple[np.ndarray, ...]:
+  """All tokens end to end, 1 where a piece begins, and where texts end: [n], [n], [T] int32."""
+  ids, ends = [np.zeros(0, np.int32)], []
+  for text in texts:
+    ids += [np.array(vocabulary.encode(piece), np.int32)
+            for piece in pieces_of(text.decode('utf-8'))]
+    ends.append(len(ids))
   starts = [np.arange(len(piece), dtype=np.int32) == 0 for piece in ids]
-  empty = np.zeros(0, np.int32)
-  return np.concatenate([empty, *ids]), np.concatenate([empty, *starts])
+  total = np.cumsum([len(piece) for piece in ids], dtype=np.int32)
+  return np.concatenate(ids), np.concatenate(starts).astype(np.int32), total[np.array(ends) - 1]

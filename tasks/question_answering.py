@@ -1,8 +1,8 @@
 """Reading comprehension: SQuAD 1.1 and, to evaluate on other domains, `qa_…` and `mrqa_…`.
 
 Inputs are `question: … context: …` in T5's order, without the task's name. The target is the first
-answer; all answers are references. Unlike T5 we put no spaces around punctuation, so that scores
-are those of SQuAD's script.
+answer; all answers are references. As in T5, punctuation has spaces around it in questions,
+contexts and answers (`1 , 200`), and scores are those of such texts.
 
 `squad` has train and validation. The MRQA 2019 sets (Fisch et al. 2019) and most local ones have
 only test: evaluate with `--task=NAME --split=test`. `qa_subjqa_*` also have validation and, but for
@@ -41,6 +41,10 @@ TFDS_DATASETS = {
 }
 
 
+# A letter's accents (\p{M}) belong to it. RE2's \s is ASCII.
+PUNCTUATION, SPACES = r'([^_\s\p{N}\p{L}\p{M}])', r'\s+'
+
+
 def squad(dataset: tf.data.Dataset) -> tf.data.Dataset:
   """SQuAD's rows {'question', 'context', 'answers': {'text' [A]}, 'id'} -> texts."""
   return _texts(dataset, lambda row: (row['answers']['text'], row['id']))
@@ -51,11 +55,18 @@ def mrqa(dataset: tf.data.Dataset) -> tf.data.Dataset:
   return _texts(dataset, lambda row: (row['answers'], row['qid']))
 
 
+def parted(text: tf.Tensor) -> tf.Tensor:
+  """Texts of any shape with a space on both sides of each sign, and spaces in a row made one."""
+  return tf.strings.regex_replace(
+      tf.strings.regex_replace(text, PUNCTUATION, r' \1 '), SPACES, ' ')
+
+
 def _texts(dataset: tf.data.Dataset, answers_and_id) -> tf.data.Dataset:
   def to_text(row: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     answers, identity = answers_and_id(row)
-    words = ['question:', row['question'], 'context:', row['context']]
-    return {'inputs': tf.strings.join(words, separator=' '), 'references': answers, 'id': identity}
+    words = ['question:', parted(row['question']), 'context:', parted(row['context'])]
+    inputs = tf.strings.regex_replace(tf.strings.join(words, separator=' '), SPACES, ' ')
+    return {'inputs': inputs, 'references': parted(answers), 'id': identity}
 
   return references.first_as_target(
       dataset.map(to_text, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True))

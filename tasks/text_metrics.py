@@ -18,9 +18,14 @@ ROUGE_TYPES = ('rouge1', 'rouge2', 'rougeLsum')
 _SENTENCE_END = re.compile(r'([.!?]["\'”’)\]]*)\s+')
 
 
-def references(text: str, example: Mapping[str, Any], is_target: bool = False) -> str | list[str]:
-  """Postprocessor: all of an example's references as the target, a prediction as it is."""
-  return list(example['references']) if is_target else text
+def references(text: str, example: Mapping[str, Any], is_target: bool = False,
+               most: int | None = None) -> str | list[str]:
+  """Postprocessor: an example's references as the target, a prediction as it is.
+
+  Args:
+    most: only the first so many references; None for all.
+  """
+  return list(example['references'])[:most] if is_target else text
 
 
 def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[str, float]:
@@ -34,22 +39,30 @@ def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[
 
 
 def bleu(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[str, float]:
-  """BLEU of the corpus (Papineni et al. 2002) as sacrebleu computes it: cased, 13a tokens."""
+  """BLEU of the corpus (Papineni et al. 2002) by sacrebleu: in lower case, 13a tokens.
+
+  The official scripts of E2E (mteval without -c) and WebNLG (multi-bleu -lc) ignore case too.
+  """
   _check(targets, predictions)
   sacrebleu = _import('sacrebleu')
   # Streams of references; None, unlike an empty text, says that an example has no more of them.
   streams = [list(stream) for stream in itertools.zip_longest(*targets)]
-  return {'bleu': float(sacrebleu.corpus_bleu(list(predictions), streams).score)}
+  return {'bleu': float(sacrebleu.corpus_bleu(list(predictions), streams, lowercase=True).score)}
 
 
 def rouge(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[str, float]:
-  """ROUGE-1, -2 and -Lsum (Lin 2004): F1 of stems, each of its best reference, then the mean."""
+  """ROUGE-1, -2 and -Lsum (Lin 2004): F1 of stems, averaged over the examples.
+
+  Of several references the one with the best ROUGE-1 gives all three numbers, as in SciTLDR's
+  script (Cachola et al. 2020).
+  """
   _check(targets, predictions)
   scorer = _import('rouge_score.rouge_scorer').RougeScorer(ROUGE_TYPES, use_stemmer=True)
   totals = dict.fromkeys(ROUGE_TYPES, 0.0)
   for texts, prediction in zip(targets, predictions, strict=True):
-    best = scorer.score_multi([_one_sentence_a_line(text) for text in texts],
-                              _one_sentence_a_line(prediction))
+    prediction = _one_sentence_a_line(prediction)
+    scores = [scorer.score(_one_sentence_a_line(text), prediction) for text in texts]
+    best = max(scores, key=lambda score: score['rouge1'].fmeasure)
     for name in ROUGE_TYPES:
       totals[name] += best[name].fmeasure
   return {name: 100.0 * total / len(targets) for name, total in totals.items()}

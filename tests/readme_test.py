@@ -26,6 +26,14 @@ def test_training_commands_are_understood(command, tmp_path, monkeypatch):
   assert launch.train([*command[3:], '--dry_run']) == 0
 
 
+@pytest.mark.parametrize('rate', ['Equal', 'Temperature', 'Proportional'])
+def test_rates_are_named_on_the_command_line(rate, tmp_path, capsys):
+  assert launch.train(['--gin_file=run/quick_start.gin', '--gin_file=task/mixture.gin',
+                       "--gin.MIXTURE_TASKS=('sst2', 'mrpc')", f'--gin.RATE=@mixture.{rate}()',
+                       f'--gin.MODEL_DIR={tmp_path}', '--dry_run']) == 0
+  assert f'RATE = @mixture.{rate}()' in capsys.readouterr().out
+
+
 def test_there_are_commands():
   assert len(COMMANDS) >= 8
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import logging
 import os
 import pathlib
 from typing import Any
@@ -16,6 +17,8 @@ from prompt_tuning_jax.checkpoints.hf_config import VocabularyFile
 from prompt_tuning_jax.checkpoints.stored_leaf import ShardingFor
 from prompt_tuning_jax.networks.t5 import T5Config, Transformer, parameter_specs
 from prompt_tuning_jax.types import Array, DType, PyTree
+
+logger = logging.getLogger(__name__)
 
 BUNDLED = pathlib.Path(__file__).parents[1] / 'bases'
 FINGERPRINT_ROWS = 1024
@@ -58,6 +61,11 @@ def load_base(name_or_folder: str | os.PathLike, *, config: T5Config | None = No
     config, stored = hf_safetensors.open_folder(folder, config)
     name_of = hf_safetensors.name_of
   vocabulary = _vocabulary(folder, vocabulary_file)
+  own = vocabulary_file and _vocabulary(folder, None)
+  if own and own.sha256 != vocabulary.sha256:
+    logger.warning('The base %s brings its vocabulary, %s, and %s is another one: unless it '
+                   'numbers the same pieces in the same way, texts make no sense to the base.',
+                   folder, own.file, vocabulary.file)
   shapes = {path: spec.shape for path, spec in parameter_specs(config).items()}
   params = stored_leaf.load(stored, shapes, folder, dtype, sharding_for, name_of)
   _check_size(folder, config, vocabulary)

@@ -91,7 +91,7 @@ class TrainBatches:
   def description(self) -> list:
     """What decides the batches besides seed and size: a resumed run must have the same."""
     return ['buckets', *map(list, dataclasses.astuple(self.buckets)), self.window,
-            self.num_examples, self.rates]
+            [cache.part for cache in self.caches], self.rates and list(self.rates)]
 
   def batch_at(self, step: int) -> dict[str, np.ndarray]:
     """This process's rows of batch `step` (from 0)."""
@@ -136,11 +136,21 @@ class TrainBatches:
     rows = self._stream.draw(np.arange(first * self.batch_size, last * self.batch_size))
     if last - first == 1:
       return rows[None]
+    if self._stream.epoch is None:  # Every batch keeps its share of each task.
+      sources = self._stream.source_of(rows)
+      for source in np.unique(sources):
+        rows[sources == source] = self._by_width(rows[sources == source])
+    else:
+      rows = self._by_width(rows)
+    rows = rows.reshape(-1, self.batch_size)
+    return rows[np.random.default_rng([self.seed, 1, first]).permutation(len(rows))]
+
+  def _by_width(self, rows: np.ndarray) -> np.ndarray:
+    """[m] int64, the examples of similar widths side by side."""
     widths = np.searchsorted(self.buckets.inputs, self._input_lengths[rows])
     target_widths = np.searchsorted(self.buckets.targets,
                                     np.maximum(self._target_lengths[rows], SHORT_TARGET))
-    rows = rows[np.lexsort((target_widths, widths))].reshape(-1, self.batch_size)
-    return rows[np.random.default_rng([self.seed, 1, first]).permutation(len(rows))]
+    return rows[np.lexsort((target_widths, widths))]
 
   @functools.cached_property
   def _input_lengths(self) -> np.ndarray:

@@ -17,8 +17,8 @@ class Proportional:
   cap: int | None = None
 
   def __post_init__(self):
-    if self.cap is not None and self.cap < 1:
-      raise ValueError(f'cap must be 1 or more, got {self.cap}.')
+    if self.cap is not None and (type(self.cap) is not int or self.cap < 1):
+      raise ValueError(f'MIXTURE_CAP should be a whole number from 1, or None, got {self.cap!r}.')
 
   def __call__(self, sizes: Sequence[int]) -> list[float]:
     return [float(min(size, self.cap or size)) for size in sizes]
@@ -77,7 +77,7 @@ def seqio_mixture(names: Sequence[str], rate: Rate = Proportional(),
                   eval_split: str | None = 'validation',
                   max_examples: int | None = None) -> Mixture:
   """The mixture of several SeqIO tasks; what follows `rate` is as of `SeqioTask`."""
-  if isinstance(names, str):
+  if not isinstance(names, list | tuple):
     raise ValueError(f"MIXTURE_TASKS should be names such as ('sst2', 'mrpc'), got {names!r}.")
   return Mixture([SeqioTask(name, modules, tfds_data_dir, train_split, eval_split, max_examples)
                   for name in names], rate)

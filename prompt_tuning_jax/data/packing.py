@@ -80,7 +80,8 @@ class PackedBatches:
   @property
   def description(self) -> list:
     """What decides the batches besides seed and size: a resumed run must have the same."""
-    return ['packed', *self.widths, self.num_examples, self.rates]
+    return ['packed', *self.widths, [cache.part for cache in self.caches],
+            self.rates and list(self.rates)]
 
   def rows_at(self, step: int) -> list[tuple[int, np.ndarray]]:
     """(cache, its examples [m] int64) of every row of batch `step`."""
@@ -179,10 +180,11 @@ def _widths(lengths: Sequence[tuple[np.ndarray, np.ndarray]], inputs: int | None
   rng = np.random.default_rng([seed, 3])
   longest = [int(max(each[side].max() for each in lengths)) for side in (0, 1)]
   for side, (name, given) in enumerate((('inputs', inputs), ('targets', targets))):
-    if given is not None and given < longest[side]:
-      raise ValueError(f'Packed rows of {given} {name} are shorter than the longest example '
-                       f'({longest[side]} with its prompt): raise PackedBatches.{name}, or lower '
-                       'the task feature lengths.')
+    if given is not None and (type(given) is not int or given < longest[side]):
+      prompt = ' with its prompt' if name == 'inputs' else ''
+      raise ValueError(f'PackedBatches.{name} should be a whole number of at least '
+                       f'{longest[side]}, the longest example{prompt}, got {given!r}: raise it, or lower the task '
+                       'feature lengths.')
   some = [tuple(each[side][picked] for side in (0, 1)) for each in lengths
           for picked in [rng.permutation(len(each[0]))[:CHUNK]]]
   mean_share = np.mean([target.mean() / source.mean() for source, target in some])

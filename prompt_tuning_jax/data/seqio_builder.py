@@ -16,6 +16,8 @@ import pathlib
 import pkgutil
 import re
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -23,7 +25,12 @@ from typing import Any
 import numpy as np
 
 from prompt_tuning_jax.data.seqio_task import check_prepared, tfds_data_dir
-from prompt_tuning_jax.data.token_cache import FEATURES, CacheWriter
+from prompt_tuning_jax.data.token_cache import (
+    FEATURES,
+    SENTINEL,
+    CacheWriter,
+    without_sentinel,
+)
 from prompt_tuning_jax.data.vocabulary import Vocabulary
 
 Row = tuple[np.ndarray, np.ndarray, dict[str, Any] | None]
@@ -34,6 +41,7 @@ MOST_REPEATS = 20  # A mixture's epoch may be so many times larger than its task
 def main(argv: list[str]) -> int:
   answer_to = os.fdopen(os.dup(1), 'w')
   os.dup2(2, 1)  # Whatever libraries print must not mix with the answer.
+  threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
   try:
     answer = build(**json.loads(argv[0]))
   except Exception as error:  # Told in one line; the stack goes to standard error.
@@ -42,6 +50,13 @@ def main(argv: list[str]) -> int:
   answer_to.write(json.dumps(answer))
   answer_to.close()
   return int('error' in answer)
+
+
+def _end_with(parent: int) -> None:
+  """Ends this process once the one that started it has ended, killed or not."""
+  while os.getppid() == parent:
+    time.sleep(1)
+  os._exit(1)
 
 
 def _one_line(error: Exception) -> str:
@@ -56,46 +71,67 @@ def _one_line(error: Exception) -> str:
 
 def build(task: str, modules: list[str], split: str, vocabulary: Mapping[str, Any],
           lengths: Mapping[str, int], folder: str, max_examples: int | None,
-          block: tuple[int, int] | None = None) -> dict[str, Any]:
+          sentinel: bool = False, block: tuple[int, int | None] | None = None) -> dict[str, Any]:
   """Tokenises a split, or the source's rows [start, stop) of it, into `folder`.
 
   The other arguments are those of `SeqioTask`.
   """
   _quiet_tensorflow()
   _import_tasks(modules)
-  provider = _find(task)
+  provider, words = _find(task), Vocabulary(**vocabulary)
+  if sentinel and not words.extra_ids:
+    raise ValueError('The vocabulary has no sentinels to begin targets with: leave out `sentinel`.')
   if block:
     provider = provider.replace(source=_part(provider.source, *block))
-  words = Vocabulary(**vocabulary)
   parts = _tasks_with_split(provider, split)
   metas = {part.name: _evaluation(part) for part in parts}
   # Tasks evaluated in the same way can be evaluated together; others are trained on only.
   shared = all(meta == metas[parts[0].name] for meta in metas.values())
   meta = metas[parts[0].name] if shared else {'metrics': [], 'postprocessor': None}
   cut = dict.fromkeys(FEATURES, 0)
-  streams = {part.name: _rows(part, split, words, lengths, max_examples, bool(meta['metrics']), cut)
-             for part in parts}
+  streams = {part.name: _rows(_with_sentinel(part) if sentinel else part, split, words, lengths,
+                              max_examples, bool(meta['metrics']), cut) for part in parts}
   rows = (streams[task] if len(parts) == 1 and parts[0].name == task
           else _mix(provider, parts, streams, max_examples))
   writer, hidden = CacheWriter(folder), None
+  hidden_target = [*words.encode(HIDDEN), words.eos_id]
   for inputs, targets, row in rows:
-    if hidden is None and row and row['targets'] == HIDDEN:
+    if hidden is None and list(targets) == hidden_target[:lengths['targets'] - 1] + [words.eos_id]:
       hidden = writer.num_examples
     writer.add(inputs, targets, row)
-  writer.close(**meta, num_cut=cut, tasks=sorted(metas), first_hidden=hidden)
+  writer.close(**meta, num_cut=cut, tasks=sorted(metas), first_hidden=hidden,
+               sentinel=sentinel)
   warnings = [] if shared else [
       f'The tasks of {task} have different metrics: name one of {", ".join(sorted(metas))} to '
       'evaluate it.']
   return {'num_examples': writer.num_examples, 'warnings': warnings}
 
 
-def _part(source, start: int, stop: int):
-  """The rows [start, stop) of a data source."""
+def _with_sentinel(task):
+  """The task with SENTINEL before every target and choice."""
+  import seqio
+  import tensorflow as tf
+
+  def add(row):
+    before = lambda text: tf.strings.join([SENTINEL, text], separator=' ')
+    return {**row, **{key: before(row[key]) for key in ('targets', 'choices') if key in row}}
+
+  steps = list(task.preprocessors)
+  names = [getattr(step, 'func', step) for step in steps]
+  if seqio.preprocessors.tokenize not in names:
+    raise ValueError(f'Task {task.name} has no step seqio.preprocessors.tokenize, before which '
+                     'targets get their sentinel: leave out `sentinel`.')
+  steps.insert(names.index(seqio.preprocessors.tokenize), lambda dataset: dataset.map(add))
+  return task.replace(preprocessors=steps)
+
+
+def _part(source, start: int, stop: int | None):
+  """The rows [start, stop) of a data source; all from `start` on where `stop` is None."""
   import seqio
 
   def rows(split: str, shuffle_files: bool, seed: int | None = None):
     return source.get_dataset(split, shuffle=shuffle_files, seed=seed).skip(start).take(
-        stop - start)
+        -1 if stop is None else stop - start)
 
   return seqio.FunctionDataSource(rows, splits=tuple(source.splits))
 
@@ -124,7 +160,7 @@ def _find(name: str):
     return seqio.get_mixture_or_task(name)
   except ValueError:
     known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
-    close = difflib.get_close_matches(name, known) or known
+    close = difflib.get_close_matches(name, known) or known[:5]
     raise ValueError(f'SeqIO knows no task or mixture {name!r}: is it {", ".join(close)}, or does '
                      'another module register it (SeqioTask.modules)?') from None
 
@@ -163,6 +199,11 @@ def _rows(task, split: str, words: Vocabulary, lengths: Mapping[str, int],
         num_epochs=1)
   except KeyError as error:
     raise ValueError(_missing_field(task, split, str(error))) from error
+  except ValueError as error:
+    if 'Unknown split' not in str(error):
+      raise
+    raise ValueError(f'The prepared data of {task.name} has no split {split!r}: '
+                     f'{str(error).splitlines()[0]}') from error
   if max_examples is not None:
     dataset = dataset.take(max_examples)
   for place, example in _numbered(dataset, f'{task.name}, {split}'):
@@ -239,8 +280,9 @@ def _row(task, example: Mapping[str, Any], tokens: Mapping[str, np.ndarray],
   texts = {key: plain.get(f'{key}_pretokenized', words.decode(tokens[key])) for key in FEATURES}
   hidden = {*FEATURES, 'choices', *(f'{key}_pretokenized' for key in FEATURES)}
   other = {key: value for key, value in plain.items() if key not in hidden}
-  target = task.postprocess_fn(texts['targets'], example={**other, **texts}, is_target=True) if (
-      task.postprocessor) else texts['targets']
+  target = without_sentinel(texts['targets'])
+  if task.postprocessor:
+    target = task.postprocess_fn(target, example={**other, **texts}, is_target=True)
   row = {**texts, 'target': _plain(target), 'example': other}
   if 'choices' in plain:
     row['choices'] = plain['choices']

@@ -7,6 +7,7 @@ import ast
 import collections
 import concurrent.futures
 import dataclasses
+import difflib
 import hashlib
 import importlib.util
 import json
@@ -27,6 +28,8 @@ from prompt_tuning_jax.data import token_cache
 logger = logging.getLogger(__name__)
 
 BUILDER = 'prompt_tuning_jax.data.seqio_builder'
+BUNDLED = 'prompt_tuning_jax.tasks'
+MOST_PROCESSES = 16
 BLOCK = 1024  # Rows; what is tokenised apart begins at a multiple.
 LEAST_ROWS = 8 * BLOCK  # Fewer are tokenised sooner than another TensorFlow starts.
 
@@ -36,22 +39,27 @@ class SeqioTask:
   """A task or mixture that SeqIO knows by `name` once `modules` have been imported.
 
   Args:
-    modules: modules that register it; of a package, every file is imported.
+    modules: modules that register it, besides our own; of a package, every file is imported.
     tfds_data_dir: where prepared TFDS data lies; default $TFDS_DATA_DIR or ~/tensorflow_datasets.
     train_split, eval_split: SeqIO's names; eval_split None evaluates nothing.
     max_examples: keeps the first so many of each split.
+    sentinel: begins every target with <extra_id_0>, as a base that has only filled in spans expects
+      (Lester et al. 2021, section 3.2: "span corruption + sentinel").
   """
 
   name: str
-  modules: tuple[str, ...] = ('prompt_tuning_jax.tasks',)
+  modules: tuple[str, ...] = (BUNDLED,)
   tfds_data_dir: str | None = None
   train_split: str = 'train'
   eval_split: str | None = 'validation'
   max_examples: int | None = None
+  sentinel: bool = False
 
   def __post_init__(self):
-    if isinstance(self.modules, str):
-      object.__setattr__(self, 'modules', (self.modules,))
+    if not isinstance(self.name, str) or not self.name:
+      raise ValueError(f"A task's name should be a text such as 'sst2', got {self.name!r}.")
+    given = (self.modules,) if isinstance(self.modules, str) else self.modules
+    object.__setattr__(self, 'modules', tuple(dict.fromkeys((BUNDLED, *given))))
     if self.max_examples is not None and self.max_examples < 1:
       raise ValueError(f'max_examples must be 1 or more, got {self.max_examples}.')
 
@@ -63,12 +71,13 @@ class SeqioTask:
     """
     del split
     sources = [path for module in self.modules for path in module_files(module)]
-    sources += module_files(BUILDER)
+    for module in (BUILDER, __name__, token_cache.__name__):
+      sources += module_files(module)
     code = hashlib.sha256()
     for path in sources:
       code.update(path.read_bytes())
     return {'kind': 'seqio', 'modules': list(self.modules), 'code': code.hexdigest(),
-            'max_examples': self.max_examples, 'data': self._data()}
+            'max_examples': self.max_examples, 'sentinel': self.sentinel, 'data': self._data()}
 
   def build(self, split: str, vocabulary, lengths: Mapping[str, int],
             folder: str | os.PathLike) -> None:
@@ -80,7 +89,8 @@ class SeqioTask:
     self.key_parts(split)  # Fails at once where modules or data are missing.
     request = {'task': self.name, 'modules': list(self.modules), 'split': split,
                'vocabulary': {'file': vocabulary.file, 'extra_ids': vocabulary.extra_ids},
-               'lengths': dict(lengths), 'folder': str(folder), 'max_examples': self.max_examples}
+               'lengths': dict(lengths), 'folder': str(folder), 'max_examples': self.max_examples,
+               'sentinel': self.sentinel}
     blocks = [] if self.max_examples else self._blocks(split)
     if len(blocks) < 2:
       replies = [self._run(request)]
@@ -107,40 +117,41 @@ class SeqioTask:
       reply = json.loads(done.stdout)
     except json.JSONDecodeError:
       said = done.stderr.strip().splitlines()
-      reply = {'error': f'the process that tokenises {self.name} ended with status '
-                        f'{done.returncode}: {said[-1] if said else "it said nothing"}'}
+      how = (f'was killed by signal {-done.returncode} (9 is often: out of memory)'
+             if done.returncode < 0 else f'ended with status {done.returncode}: '
+             f'{said[-1] if said else "it said nothing"}')
+      reply = {'error': f'the process that tokenises {self.name} {how}'}
     if 'error' in reply:
       raise ValueError(reply['error'])
     return reply
 
-  def _blocks(self, split: str) -> list[tuple[int, int]]:
+  def _blocks(self, split: str) -> list[tuple[int, int | None]]:
     """Ranges of source rows that processes tokenise side by side; [] where that is not worth it.
 
-    Only for tasks in a TFDS_DATASETS, and only for whole splits. Blocks begin at multiples of 1,024
-    rows, so such a task may look at rows one by one or in groups of so many, never at more.
+    Only for our own tasks, which look at rows one by one or in groups of 1,024 and do not care
+    where a block begins, and only for whole splits. The last block has no end: a source may have
+    more rows than the data set (one for each of several answers), or fewer (a part of a split).
     """
     sizes = [_split_sizes(name, tfds_data_dir(self.tfds_data_dir)).get(split)
-             for name in self._declared().get(self.name, ())]
+             for name in _declared((BUNDLED,)).get(self.name, ())]
     if not sizes or None in sizes:
       return []
-    workers = min(os.cpu_count() or 1, sum(sizes) // LEAST_ROWS)
+    workers = min(_cores(), MOST_PROCESSES, sum(sizes) // LEAST_ROWS)
     if workers < 2:
       return []
     size = -(-sum(sizes) // workers // BLOCK) * BLOCK
-    return [(start, start + size) for start in range(0, sum(sizes), size)]
-
-  def _declared(self) -> dict[str, list[str]]:
-    """TFDS names of the tasks that the modules' TFDS_DATASETS list."""
-    declared = {}
-    for module in self.modules:
-      for path in module_files(module):
-        declared.update(_declared_datasets(path))
-    return declared
+    starts = list(range(0, sum(sizes), size))
+    return list(zip(starts, [*starts[1:], None], strict=True))
 
   def _data(self) -> dict[str, str] | str:
     """{TFDS name: SHA-256 of its description}, or the data folder of tasks that do not tell."""
     folder = tfds_data_dir(self.tfds_data_dir)
-    declared = self._declared()
+    declared = _declared(self.modules)
+    if self.name not in declared and self.modules == (BUNDLED,):
+      near = difflib.get_close_matches(self.name, declared, 3, cutoff=0.5) or sorted(declared)[:3]
+      raise ValueError(f'There is no task {self.name!r}: is it {", ".join(near)}, or does another '
+                       'module register it (SeqioTask.modules)? Ours are listed by `python -m '
+                       'prompt_tuning_jax.tasks`.')
     if self.name not in declared or '://' in folder:  # The builder looks into those.
       return folder
     check_prepared(declared[self.name], folder)
@@ -196,6 +207,21 @@ def _infos(name: str, folder: str) -> list[epath.Path]:
     return []
 
 
+def _cores() -> int:
+  """Those that this process may use."""
+  affinity = getattr(os, 'sched_getaffinity', None)
+  return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _declared(modules: Iterable[str]) -> dict[str, list[str]]:
+  """TFDS names of the tasks that the modules' TFDS_DATASETS list."""
+  declared = {}
+  for module in modules:
+    for path in module_files(module):
+      declared.update(_declared_datasets(path))
+  return declared
+
+
 def _split_sizes(name: str, folder: str) -> dict[str, int]:
   """{split: rows} of a prepared TFDS dataset."""
   infos = _infos(name, folder)
@@ -204,16 +230,19 @@ def _split_sizes(name: str, folder: str) -> dict[str, int]:
 
 
 def _join(parts: list[str], folder: str | os.PathLike) -> None:
-  """One cache of those of successive blocks, which are removed."""
+  """One cache of those of successive blocks, which are removed; a block may be empty."""
   writer, cut, hidden = token_cache.CacheWriter(folder), collections.Counter(), None
   for part in parts:
     meta = token_cache.open_cache(part).meta
+    if not meta['num_examples']:
+      shutil.rmtree(part)
+      continue
     if hidden is None and meta['first_hidden'] is not None:
       hidden = writer.num_examples + meta['first_hidden']
     writer.extend(part)
     cut.update(meta['num_cut'])
     shutil.rmtree(part)
-  about = {key: meta[key] for key in ('metrics', 'postprocessor', 'tasks')}
+  about = {key: meta[key] for key in ('metrics', 'postprocessor', 'tasks', 'sentinel')}
   writer.close(**about, num_cut=dict(cut), first_hidden=hidden)
 
 

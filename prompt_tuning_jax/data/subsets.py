@@ -31,11 +31,13 @@ class FewShot:
     if not rows_of or not cache.rows[0].get('choices'):
       raise ValueError(f'{cache.meta["task"]} has no labels to draw {self.per_class} examples of: '
                        'take a number of examples (LowData) instead.')
-    few = {label: len(rows) for label, rows in rows_of.items() if len(rows) < self.per_class}
+    labels = sorted({label for row in cache.rows for label in row['choices']})
+    few = [f'{label} ({len(rows_of[label])})' for label in labels
+           if len(rows_of[label]) < self.per_class]
     if few:
+      more = f' and {len(few) - 5} others' if len(few) > 5 else ''
       raise ValueError(f'{cache.meta["task"]}, {cache.meta["split"]}, has fewer than '
-                       f'{self.per_class} examples of: '
-                       f'{", ".join(f"{label} ({count})" for label, count in few.items())}.')
+                       f'{self.per_class} examples of: {", ".join(few[:5])}{more}.')
     rng = np.random.default_rng(self.seed)
     drawn = [rng.permutation(rows)[:self.per_class] for _, rows in sorted(rows_of.items())]
     return cache.take(np.sort(np.concatenate(drawn)))

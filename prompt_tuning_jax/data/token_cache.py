@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 FEATURES = ('inputs', 'targets')
+SENTINEL = '<extra_id_0>'  # Before every target where the task asks for it; metrics do not see it.
 ENVIRONMENT = 'PROMPT_TUNING_JAX_CACHE'
 HASHED_WHOLE = 64 << 20  # Larger files are checked by size, head and tail: opening stays quick.
 ENDS = 1 << 20
@@ -42,8 +43,7 @@ class CacheWriter:
 
   Used by a task's `build`: `add` every row, then `close` with what `meta.json` should say:
   `metrics` (["module:qualname", …]), `postprocessor` ({"name", "kwargs"} or None), `num_cut`
-  ({"inputs": rows that were cut, "targets": …}) and `first_hidden` (the first row whose label is
-  hidden, or None).
+  ({"inputs": rows cut, …}) and `first_hidden` (the first row whose label is hidden, or None).
   """
 
   def __init__(self, folder: str | os.PathLike):
@@ -158,6 +158,12 @@ class TokenCache:
   def num_examples(self) -> int:
     return len(self.input_offsets) - 1
 
+  @property
+  def part(self) -> list:
+    """Which examples these are: their number, and a hash of what was taken of the folder."""
+    taken = None if self.taken is None else self.taken.astype(np.int64).tobytes()
+    return [self.num_examples, taken and hashlib.sha256(taken).hexdigest()[:16]]
+
   def inputs(self, i: int) -> np.ndarray:
     """[n] int32."""
     return self.input_tokens[self.input_offsets[i]:self.input_offsets[i + 1]]
@@ -197,12 +203,18 @@ class TokenCache:
 
   def postprocess(self, text: str, row: Mapping[str, Any]) -> Any:
     """What the task's metrics compare with `row['target']`: the text itself by default."""
+    text = without_sentinel(text) if self.meta.get('sentinel') else text
     postprocessor = self.meta['postprocessor']
     if not postprocessor:
       return text
     example = {**row.get('example', {}), **{k: row[k] for k in FEATURES if k in row}}
     return _function(postprocessor['name'])(
         text, example=example, is_target=False, **postprocessor.get('kwargs', {}))
+
+
+def without_sentinel(text: str) -> str:
+  """A target or an answer as the task knows it."""
+  return text.strip().removeprefix(SENTINEL).strip() if SENTINEL in text else text
 
 
 def open_or_build(task, split: str, vocabulary, lengths: Mapping[str, int],

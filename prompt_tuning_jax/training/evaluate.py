@@ -29,7 +29,8 @@ class Evaluation:
   @property
   def rank(self) -> float:
     """The same, larger being better."""
-    return -self.value if self.metric in SMALLER_IS_BETTER else self.value
+    smaller = self.metric.rpartition('/')[2] in SMALLER_IS_BETTER  # 'TASK/loss' in a mixture
+    return -self.value if smaller else self.value
 
 
 def check_labelled(cache: TokenCache) -> None:
@@ -42,25 +43,29 @@ def check_labelled(cache: TokenCache) -> None:
 
 
 def evaluator(predictor: Predictor, caches: Sequence[TokenCache], metric: str | None = None,
-              max_examples: int | None = None) -> 'Evaluator | MixtureEvaluator':
-  """The evaluation of one task, or of each of several."""
-  if len(caches) == 1:
-    return Evaluator(predictor, caches[0], metric, max_examples)
-  return MixtureEvaluator([Evaluator(predictor, cache, None, max_examples) for cache in caches],
-                          metric)
+              max_examples: int | None = None,
+              rank_labels: bool = True) -> 'Evaluator | MixtureEvaluator | None':
+  """The evaluation of one task, or of each of several; None where there is nothing to evaluate."""
+  if not caches:
+    return None
+  made = [Evaluator(predictor, cache, None if len(caches) > 1 else metric, max_examples,
+                    rank_labels) for cache in caches]
+  return made[0] if len(made) == 1 else MixtureEvaluator(made, metric)
 
 
 class Evaluator:
   """Predicts every example of a split and computes the task's metrics.
 
-  Examples that list their possible answers are answered by rank classification, others by
-  decoding; a split without metrics is measured by its loss per target token. `metric` names the
-  number that chooses the best (default: the task's first); `loss` and `perplexity` are better
-  when smaller, everything else when larger. A metric that the task lacks is a ValueError.
+  Examples that list their possible answers are answered by rank classification, unless
+  `rank_labels` is False, and others by decoding; a split without metrics is measured by its loss
+  per target token. `metric` names the number that chooses the best (default: the task's first);
+  `loss` and `perplexity` are better when smaller, everything else when larger. A metric that the
+  task lacks is a ValueError.
   """
 
   def __init__(self, predictor: Predictor, cache: TokenCache, metric: str | None = None,
-               max_examples: int | None = None):
+               max_examples: int | None = None, rank_labels: bool = True):
+    self._rank_labels = rank_labels
     self._predictor, self._cache = predictor, cache
     self._functions = cache.metric_fns()
     self._count = min(cache.num_examples, max_examples or cache.num_examples)
@@ -70,6 +75,11 @@ class Evaluator:
     self.task = cache.meta['task']
     self.names = list(self._metrics([row['targets'] for row in self._rows])) or [*SMALLER_IS_BETTER]
     self.metric = _known(metric, self.names, self.task)
+
+  @property
+  def part(self) -> list:
+    """Which examples are evaluated."""
+    return [*self._cache.part, self._count]
 
   @property
   def labels(self) -> list[str] | None:
@@ -111,7 +121,7 @@ class Evaluator:
     return {'loss': loss, 'perplexity': float(np.exp(min(loss, 700.0)))}
 
   def _answers(self, params: PyTree, inputs: list[np.ndarray]) -> list[str]:
-    if all(row.get('choices') for row in self._rows):
+    if self._rank_labels and all(row.get('choices') for row in self._rows):
       choices = [row['choices'] for row in self._rows]
       ranked = self._predictor.rank(params, inputs, choices)
       return [options[int(np.argmax(scores))]
@@ -128,14 +138,21 @@ class MixtureEvaluator:
   def __init__(self, evaluators: Sequence[Evaluator], metric: str | None = None):
     self._evaluators = evaluators
     smaller = {part.metric in SMALLER_IS_BETTER for part in evaluators}
-    if len(smaller) > 1:
-      raise ValueError('Some tasks of the mixture have metrics and some only a loss: no mean of '
-                       'them chooses a best. Evaluate the ones or the others.')
-    self._mean = 'loss' if smaller.pop() else 'mean'
-    names = [self._mean, *(f'{part.task}/{name}' for part in evaluators for name in part.names)]
+    if len(smaller) > 1 and not metric:
+      raise ValueError('Some tasks of the mixture have metrics and some only a loss, and no mean '
+                       'of them chooses a best: name one as `metric` (TASK/METRIC), or set '
+                       'EVAL_PERIOD=0.')
+    self._mean = 'loss' if smaller == {True} else 'mean'
+    names = [f'{part.task}/{name}' for part in evaluators for name in part.names]
+    names = names if len(smaller) > 1 else [self._mean, *names]
     self.metric = _known(metric, names, '+'.join(part.task for part in evaluators))
 
   labels = None  # A mixture's tasks have different ones.
+
+  @property
+  def part(self) -> list:
+    """Which examples are evaluated."""
+    return [part.part for part in self._evaluators]
 
   def majority(self) -> dict[str, float]:
     """As `Evaluator.majority`, for every task; {} where one has no labels."""
@@ -147,8 +164,9 @@ class MixtureEvaluator:
     return Evaluation(self.metric, self._named([part(params).values for part in self._evaluators]))
 
   def _named(self, each: Sequence[dict[str, float]]) -> dict[str, float]:
-    means = [values[part.metric] for part, values in zip(self._evaluators, each, strict=True)]
-    return {self._mean: float(np.mean(means)),
+    own = [values[part.metric] for part, values in zip(self._evaluators, each, strict=True)]
+    comparable = len({part.metric in SMALLER_IS_BETTER for part in self._evaluators}) == 1
+    return {**({self._mean: float(np.mean(own))} if comparable else {}),
             **{f'{part.task}/{name}': value
                for part, values in zip(self._evaluators, each, strict=True)
                for name, value in values.items()}}

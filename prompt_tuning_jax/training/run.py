@@ -23,6 +23,7 @@ from prompt_tuning_jax.data.vocabulary import Vocabulary
 from prompt_tuning_jax.networks import t5
 from prompt_tuning_jax.partitioning import Partitioner
 from prompt_tuning_jax.predictor import Predictor
+from prompt_tuning_jax.prompts.weight_changes import combined
 from prompt_tuning_jax.training import evaluate, loop
 from prompt_tuning_jax.training import state as train_state
 from prompt_tuning_jax.training.progress import Progress
@@ -43,8 +44,9 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
           train_subset: Callable[[TokenCache], TokenCache] | None = None,
           eval_subset: Callable[[TokenCache], TokenCache] | None = None,
           eval_batch_size: int | None = None, max_eval_examples: int | None = None,
-          metric: str | None = None, patience: int = 0, partitioner: Partitioner = Partitioner(),
-          cache_dir: str | None = None, config_text: str | None = None) -> dict[str, Any]:
+          rank_labels: bool = True, metric: str | None = None, patience: int = 0,
+          partitioner: Partitioner = Partitioner(), cache_dir: str | None = None,
+          config_text: str | None = None) -> dict[str, Any]:
   """Trains, evaluates and saves; resumes where MODEL_DIR left off.
 
   Args:
@@ -59,9 +61,9 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
     batching: `batches.TrainBatches` (a row an example) or `packing.PackedBatches`.
     train_subset, eval_subset: parts of the splits (`data.subsets`); None is all.
     parameter_dtype: of the frozen base; what trains is float32.
-    metric: the name of the metric that chooses the best and, after `patience` evaluations without
-      a better one, ends training. Default: the task's first; `loss` where it has none.
-    config_text: kept as MODEL_DIR/config.gin.
+    rank_labels: the most probable label is the answer; False decodes, as Lester et al. evaluate.
+    metric: chooses the best and, after `patience` evaluations without a better one, ends training;
+      by default the task's first, or `loss`. config_text: kept as MODEL_DIR/config.gin.
 
   Returns {'best_value', 'best_step', 'prompt' (path of the best), 'seconds'}; raises ValueError
   where something that was given does not fit, or the loss diverged.
@@ -81,19 +83,18 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
   lengths = dict(task_feature_lengths)
   opened = functools.partial(_caches, tasks, words, lengths, cache_dir)
   source = _source(batching, tasks, opened('train_split', train_subset), batch_size, seed, virtual)
-  evaluator = None
-  if eval_period and (eval_caches := opened('eval_split', eval_subset)):
-    predictor = Predictor(model, words, virtual, eval_batch_size or 2 * batch_size,
-                          lengths['targets'], partitioner)
-    evaluator = evaluate.evaluator(predictor, eval_caches, metric, max_eval_examples)
-
+  evaluator = evaluate.evaluator(
+      Predictor(model, words, virtual, eval_batch_size or 2 * batch_size, lengths['targets'],
+                partitioner),
+      opened('eval_split', eval_subset) if eval_period else [], metric, max_eval_examples,
+      rank_labels)
   folder = pathlib.Path(model_dir).expanduser()
   states = TrainingStates(folder / 'checkpoints')
   state = _place(train_state.create(trainable, optimizer), partitioner)
   state, records = _restore(states, state, {
       'base': base.fingerprint, 'task': task.name, 'vocabulary': words.sha256, 'lengths': lengths,
       'batch_size': batch_size, 'seed': seed, 'batching': source.description,
-      'metric': evaluator and evaluator.metric})
+      'metric': evaluator and evaluator.metric, 'evaluated': evaluator and evaluator.part})
   if config_text is not None:
     (folder / 'config.gin').write_text(config_text, encoding='utf-8')
   progress = Progress(folder, train_steps, int(state.step))
@@ -101,7 +102,7 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
   try:
     loop.train(
         state, frozen, feed, make_train_step(model, optimizer, seed, z_loss, label_smoothing),
-        evaluate=evaluator and (lambda trained: evaluator(param_paths.merge(trained, frozen))),
+        evaluate=evaluator and (lambda trained: evaluator(combined(trained, frozen))),
         save=_saver(method, folder / 'prompts', base, task, evaluator, records), states=states,
         progress=progress, records=records, task=task.name, per_batch=source.examples_per_batch,
         schedule=loop.Schedule(train_steps, eval_period, save_period, log_period, patience))

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prompt_tuning_jax import param_paths, prompted_model
+from prompt_tuning_jax import prompted_model
 from prompt_tuning_jax.prompted_model import PromptedModel
+from prompt_tuning_jax.prompts import weight_changes
 from prompt_tuning_jax.training.state import TrainState
 from prompt_tuning_jax.types import Batch, PyTree
 
@@ -27,7 +28,7 @@ def make_train_step(model: PromptedModel, optimizer: optax.GradientTransformatio
     dropout_key = jax.random.fold_in(jax.random.key(seed), state.step)
 
     def loss(trainable):
-      params = param_paths.merge(trainable, frozen)
+      params = weight_changes.combined(trainable, frozen)
       return prompted_model.loss(model, params, batch, dropout_key, z_loss, label_smoothing)
 
     gradients, metrics = jax.grad(loss, has_aux=True)(state.trainable)

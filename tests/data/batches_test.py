@@ -183,6 +183,13 @@ def test_rates_hold_in_every_window_and_every_task_has_epochs(rates, size, windo
       assert abs(sum(times) - drawn * rates[i] / sum(rates)) <= 1.5 + drawn / 2000
 
 
+def test_every_batch_has_its_share_of_each_task():
+  caches = [make_cache(300, longest=20), make_cache(300, longest=500, shortest=200, seed=1)]
+  batches = TrainBatches(caches, 16, rates=(3, 1))
+  for step in range(100):
+    assert np.count_nonzero(batches.rows_at(step) >= 300) in (3, 4, 5)
+
+
 @pytest.mark.parametrize('rates', [None, (1, 1)])
 def test_processes_share_a_batch(rates):
   caches = [make_cache(100, longest=200), make_cache(50, seed=1)]

@@ -51,7 +51,10 @@ def test_a_task_alone_is_a_mixture_of_one():
     (lambda: Mixture([]), 'tasks of different names'),
     (lambda: mixture.seqio_mixture(('sst2', 'sst2')), 'tasks of different names'),
     (lambda: mixture.seqio_mixture('sst2'), r"such as \('sst2', 'mrpc'\), got 'sst2'"),
-    (lambda: Proportional(0), 'cap must be 1 or more'),
+    (lambda: Proportional(0), 'MIXTURE_CAP should be a whole number'),
+    (lambda: Proportional('abc'), 'MIXTURE_CAP should be a whole number'),
+    (lambda: mixture.seqio_mixture(3), r"such as \('sst2', 'mrpc'\), got 3"),
+    (lambda: mixture.seqio_mixture(('copa', 3)), 'should be a text such as'),
     (lambda: Temperature(0), 'temperature must be positive')])
 def test_what_makes_no_mixture(make, message):
   with pytest.raises(ValueError, match=message):

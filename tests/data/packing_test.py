@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.data import packing
 from prompt_tuning_jax.data.batches import TrainBatches
 from prompt_tuning_jax.data.packing import PackedBatches, pack, packed
 from prompt_tuning_jax.data.token_cache import TokenCache
@@ -24,7 +23,8 @@ def make_cache(count, longest=60, longest_target=7, seed=0, shortest=1, task='ma
   arrays = []
   for ids in (inputs, targets):
     arrays += [np.concatenate(ids).astype(np.int32), np.cumsum([0, *map(len, ids)])]
-  return TokenCache(None, {'task': task, 'vocabulary': 'mini'}, *arrays)
+  return TokenCache(None, {'task': task, 'vocabulary': 'mini',
+                           'lengths': {'inputs': longest, 'targets': longest_target}}, *arrays)
 
 
 def segments(batch):
@@ -176,9 +176,10 @@ def test_one_long_example_is_one_row():
 def test_what_cannot_be_packed_is_refused():
   cache = make_cache(20, longest=50, shortest=50)
   for message, arguments in [
-      (r'rows of 54 inputs are shorter than the longest example \(55 with its prompt\)',
+      (r'PackedBatches.inputs should be .* 55, the longest example with its prompt, got 54',
        {'inputs': 54, 'virtual': VirtualTokens(V, 5)}),
-      ('rows of 1 targets are shorter', {'targets': 1}),
+      ('PackedBatches.targets should be .* the longest example, got 1', {'targets': 1}),
+      ('inputs should be a whole number', {'inputs': 'wide'}),
       ('multiple of the 3 processes', {'process_count': 3}),
       ('positive rate', {'rates': (-1,)}),
       ('Expected one prompt', {'virtual': [None, None]})]:
@@ -193,6 +194,9 @@ def test_what_cannot_be_packed_is_refused():
 def test_packed_and_bucketed_batches_describe_what_they_depend_on():
   cache = make_cache(20)
   packs, rows = PackedBatches([cache], 2), TrainBatches([cache], 2)
-  assert packs.description == ['packed', *packs.widths, 20, None] != rows.description
+  assert packs.description == ['packed', *packs.widths, [[20, None]], None] != rows.description
   assert packs.num_examples == rows.num_examples == 20
-  assert packing.CHUNK > 0
+  part = cache.take(np.arange(10))
+  other = cache.take(np.arange(1, 11))
+  for batching in (PackedBatches, TrainBatches):
+    assert batching([part], 2).description != batching([other], 2).description

@@ -78,9 +78,10 @@ def task_module(tmp_path_factory):
 
 
 def build(folder, name, split='train', max_examples=None, **kwargs):
-  arguments = {'vocabulary': {'file': 'bytes', 'extra_ids': 100}, 'lengths': LENGTHS, **kwargs}
-  seqio_builder.build(name, ['tasks_for_this_test'], split, folder=str(folder),
-                      max_examples=max_examples, **arguments)
+  arguments = {'vocabulary': {'file': 'bytes', 'extra_ids': 100}, 'lengths': LENGTHS,
+               'modules': ['tasks_for_this_test'], **kwargs}
+  seqio_builder.build(name, split=split, folder=str(folder), max_examples=max_examples,
+                      **arguments)
   return token_cache.open_cache(folder)
 
 
@@ -119,6 +120,44 @@ def test_a_bad_row_is_named(tmp_path, name, message):
     build(tmp_path, name)
 
 
+def test_a_user_s_own_task_is_not_cut_into_blocks(tmp_path, monkeypatch, task_module):
+  """Its preprocessors may draw random numbers, or look at many rows."""
+  monkeypatch.setattr(seqio_task, '_cores', lambda: 4)
+  monkeypatch.setattr(seqio_task, '_split_sizes', lambda *_: {'train': 10 ** 6})
+  (tmp_path / 'own_tasks.py').write_text("TFDS_DATASETS = {'own': ['glue/sst2:2.0.0']}")
+  monkeypatch.syspath_prepend(str(tmp_path))
+  assert SeqioTask('own', modules='own_tasks')._blocks('train') == []
+  assert len(SeqioTask('sst2')._blocks('train')) == 4
+  assert SeqioTask('sst2')._blocks('train')[-1][1] is None
+
+
+def test_the_hidden_label_of_a_later_block_is_remembered(tmp_path):
+  parts = []
+  for i, hidden in enumerate((None, 1, 0)):
+    writer = token_cache.CacheWriter(tmp_path / str(i))
+    for _ in range(3):
+      writer.add([2, 1], [3, 1])
+    writer.close(first_hidden=hidden, tasks=[], sentinel=False, num_cut={'inputs': i, 'targets': 0})
+    parts.append(str(tmp_path / str(i)))
+  seqio_task._join(parts, tmp_path / 'whole')
+  whole = token_cache.open_cache(tmp_path / 'whole')
+  assert (whole.meta['first_hidden'], whole.num_examples) == (4, 9)
+  assert whole.meta['num_cut'] == {'inputs': 3, 'targets': 0}
+  assert not any((tmp_path / str(i)).exists() for i in range(3))
+
+
+def test_a_misspelt_task_is_told_at_once(tfds_data_dir):
+  with pytest.raises(ValueError, match="There is no task 'sst3': is it sst2"):
+    SeqioTask('sst3').key_parts('train')
+
+
+def test_a_builder_ends_with_the_process_that_started_it(monkeypatch):
+  ended = []
+  monkeypatch.setattr(seqio_builder.os, '_exit', lambda status: ended.append(status))
+  seqio_builder._end_with(parent=-1)  # which is gone
+  assert ended == [1]
+
+
 def test_the_first_hidden_label_is_remembered(tmp_path):
   assert build(tmp_path / 'one', 'hidden').meta['first_hidden'] == 2
   assert build(tmp_path / 'other', 'many').meta['first_hidden'] is None
@@ -143,28 +182,63 @@ def test_a_label_outside_the_list_is_told(label):
 @pytest.mark.slow
 @pytest.mark.parametrize(('name', 'data', 'lengths'), [
     ('sst2', 'glue/sst2/2.0.0', {'inputs': 40, 'targets': 8}),
+    # Training has a row for each answer: more than the data set.
+    ('record', 'super_glue/record/1.0.2', {'inputs': 400, 'targets': 20}),
+    # A tenth of the training rows, so some blocks are empty.
+    ('trec', 'trec/1.0.0', {'inputs': 40, 'targets': 8}),
     ('span_corruption_novels', 'local_text/novels/1.0.0', {'inputs': 64, 'targets': 20})])
 def test_processes_side_by_side_make_the_same_cache(
     tfds_data_dir, tmp_path, monkeypatch, name, data, lengths):
   if not (tfds_data_dir / data).exists():
     pytest.skip(f'{data} has not been prepared')
   vocabulary = Vocabulary(str(base_checkpoint.BUNDLED / 'mini' / 'spiece.model'))
-  task = SeqioTask(name)
+  task, split = SeqioTask(name), 'train' if name == 'record' else 'validation'
+  block = {'sst2': 256, 'record': 8, 'trec': 128, 'span_corruption_novels': 1024}[name]
+  if name == 'trec':  # Sized by a split of another size than what the task reads.
+    sizes = seqio_task._split_sizes
+    monkeypatch.setattr(seqio_task, '_split_sizes', lambda *args: {
+        'validation': sizes(*args)['train']})
   caches = []
-  for rows, cores in ((1 << 30, 1), (300 if name == 'sst2' else 1024, 3)):
-    monkeypatch.setattr(seqio_task, 'LEAST_ROWS', rows)
-    monkeypatch.setattr(seqio_task, 'BLOCK', 256 if name == 'sst2' else 1024)
-    monkeypatch.setattr(seqio_task.os, 'cpu_count', lambda cores=cores: cores)
-    blocks = task._blocks('validation')
-    assert len(blocks) in (0, 2, 3, 4) and bool(blocks) == (cores > 1)
+  for cores in (1, 3):
+    monkeypatch.setattr(seqio_task, 'LEAST_ROWS', block)
+    monkeypatch.setattr(seqio_task, 'BLOCK', block)
+    monkeypatch.setattr(seqio_task, '_cores', lambda cores=cores: cores)
+    blocks = task._blocks(split)
+    assert bool(blocks) == (cores > 1)
     folder = tmp_path / str(cores)
-    task.build('validation', vocabulary, lengths, folder)
+    task.build(split, vocabulary, lengths, folder)
     caches.append(token_cache.open_cache(folder))
     assert not list(folder.glob('block*'))
   one, other = caches
-  assert one.meta == other.meta and one.rows == other.rows and one.num_examples > 800
+  assert one.meta == other.meta and one.rows == other.rows
+  assert one.num_examples > {'record': 40, 'trec': 500}.get(name, 800)
   for array in ('input_tokens', 'input_offsets', 'target_tokens', 'target_offsets'):
     assert (getattr(one, array) == getattr(other, array)).all()
+
+
+def test_targets_behind_a_sentinel(tmp_path):
+  seqio = pytest.importorskip('seqio')
+  vocabulary = Vocabulary(str(base_checkpoint.BUNDLED / 'mini' / 'spiece.model'))
+  plain, marked = (build(tmp_path / str(sentinel), 'quick_start', 'validation', 20,
+                         modules=['prompt_tuning_jax.tasks'], sentinel=sentinel,
+                         vocabulary={'file': vocabulary.file, 'extra_ids': 100},
+                         lengths={'inputs': 40, 'targets': 8}) for sentinel in (False, True))
+  for i in range(20):
+    assert marked.targets(i).tolist() == [vocabulary.sentinel(0), *plain.targets(i)]
+    row, without = marked.row(i), plain.row(i)
+    assert row['choices'] == [f'<extra_id_0> {text}' for text in without['choices']]
+    assert row['targets'] == f'<extra_id_0> {without["targets"]}'
+    assert row['target'] == without['target'] == marked.postprocess(row['targets'], row)
+    # What a model writes after decoding is read in the same way, and so is a bare label.
+    written = vocabulary.decode(marked.targets(i))
+    assert marked.postprocess(written, row) == row['target']
+    assert marked.postprocess(without['targets'], row) == row['target']
+  keys = [SeqioTask('quick_start', sentinel=sentinel).key_parts('train') for sentinel in (0, 1)]
+  assert keys[0] != keys[1]
+  with pytest.raises(ValueError, match='no sentinels to begin'):
+    build(tmp_path / 'none', 'quick_start', 'validation', modules=['prompt_tuning_jax.tasks'],
+          vocabulary={'file': vocabulary.file, 'extra_ids': 0}, sentinel=True)
+  assert seqio.get_mixture_or_task('quick_start').preprocessors  # the task itself is as it was
 
 
 def test_eos_is_ours_to_keep(tmp_path):

@@ -62,3 +62,10 @@ def test_few_shot(cache):
 def test_sizes_and_seeds_are_whole_numbers(make):
   with pytest.raises(ValueError, match='whole number of examples'):
     make()
+
+
+def test_a_label_without_examples_is_told(cache):
+  if cache.rows[0].get('choices'):
+    part = cache.take(np.array([i for i in range(90) if i % 4 != 1]))  # no 'yes'
+    with pytest.raises(ValueError, match=r'fewer than 2 examples of: yes \(0\)'):
+      FewShot(2)(part)

@@ -35,14 +35,14 @@ TASKS = {
         'mrpc', 'validation', dict(zip(SENTENCES, SENTENCES, strict=True)), EQUIVALENT,
         ['accuracy', 'f1'], 'sentence1: {} sentence2: {}'.format(*TRANS_FAT), 'equivalent'),
     ('glue_mrpc_as_qqp', 'validation'): (
-        'mrpc', 'validation', dict(zip(QUESTIONS, SENTENCES, strict=True)), DUPLICATE,
-        ['accuracy', 'f1'], 'question1: {} question2: {}'.format(*TRANS_FAT), 'duplicate'),
+        'mrpc', 'validation', dict(zip(SENTENCES, SENTENCES, strict=True)), DUPLICATE,
+        ['accuracy', 'f1'], 'sentence1: {} sentence2: {}'.format(*TRANS_FAT), 'duplicate'),
     ('qqp', 'validation'): (
         'qqp', 'validation', dict(zip(QUESTIONS, QUESTIONS, strict=True)), DUPLICATE,
         ['f1', 'accuracy'], 'question1: {} question2: {}'.format(*RESUMES), 'duplicate'),
     ('glue_qqp_as_mrpc', 'validation'): (
-        'qqp', 'validation', dict(zip(SENTENCES, QUESTIONS, strict=True)), EQUIVALENT,
-        ['accuracy', 'f1'], 'sentence1: {} sentence2: {}'.format(*RESUMES), 'equivalent'),
+        'qqp', 'validation', dict(zip(QUESTIONS, QUESTIONS, strict=True)), EQUIVALENT,
+        ['accuracy', 'f1'], 'question1: {} question2: {}'.format(*RESUMES), 'equivalent'),
     ('mnli', 'validation'): (
         'mnli', 'validation_matched', {'hypothesis': 'hypothesis', 'premise': 'premise'}, NLI,
         ['accuracy'], 'hypothesis: {} premise: {}'.format(*PEOPLE), 'entailment'),
@@ -141,8 +141,8 @@ def test_similarity():
       'pearson_correlation', 'spearman_correlation']
   example = {'label': 3.75, 'idx': 1}
   assert task.postprocess_fn('3.8', example=example, is_target=True) == 3.75
-  for text, score in (('3.8', 3.8), (' 0 ', 0.0), ('5.0', 5.0), ('5.2', -1.0), ('-0.2', -1.0),
-                      ('', -1.0), ('nan', -1.0), ('inf', -1.0), ('3.8 of 5', -1.0)):
+  for text, score in (('3.8', 3.8), (' 0 ', 0.0), ('5.0', 5.0), ('5.2', 5.2), ('-0.2', -0.2),
+                      ('', -1.0), ('nan', -1.0), ('inf', -1.0), ('-inf', -1.0), ('3.8 of 5', -1.0)):
     assert task.postprocess_fn(text, example=example, is_target=False) == score
 
 

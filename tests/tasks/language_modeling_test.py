@@ -17,7 +17,7 @@ MASK = BYTES.sentinel(0)
 TEXTS = [f'Text {i}: ' + 'the quick brown fox jumps! Over the lazy dog. ' * (1 + i % 5)
          for i in range(30)]
 JOINED = ''.join(TEXTS)
-OBJECTIVES = {  # How many features, and how many bytes may be lost at a group's end.
+OBJECTIVES = {  # How many features, and how many bytes may be lost at a group's (or text's) end.
     'span_corruption': (2, 1), 'span_corruption_no_sentinels': (2, 1), 'prefix_lm': (2, 1),
     'lm': (1, 0), 'masked_lm': (2, 0), 'text_infilling': (2, 0), 'sentence_permutation': (2, 0),
     'bart_denoising': (2, 0)}
@@ -90,9 +90,11 @@ def test_without_sentinels_the_same_spans_fill_shorter_targets(seqio):
 
 
 def test_prefix_lm_keeps_every_byte(seqio):
-  rows = run(seqio, 'prefix_lm', (64, 32))
-  text = ''.join(BYTES.decode(row['inputs']) + BYTES.decode(row['targets']) for row in rows)
-  assert len(JOINED) - len(text) < 2 and JOINED.startswith(text)
+  rows = run(seqio, 'prefix_lm', (64, 32), [*TEXTS, '', 'a', 'ab', 'x' * 64])
+  told = [BYTES.decode(row['inputs']) + BYTES.decode(row['targets']) for row in rows]
+  blocks = [text[i:i + 63] for text in TEXTS for i in range(0, len(text), 63)]
+  # No block has two texts in it, and only rests of one byte are lost.
+  assert told == [*(block for block in blocks if len(block) > 1), 'ab', 'x' * 63]
   assert all(len(row['inputs']) <= 64 and len(row['targets']) <= 32 for row in rows)
   assert all(row['inputs'][-1] == row['targets'][-1] == 1 for row in rows)
   assert len({len(row['inputs']) for row in rows}) > 5

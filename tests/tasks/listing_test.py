@@ -98,6 +98,15 @@ def test_an_example_with_labels(run, tfds_data_dir):
       '  choices  negative, positive', '  answer   0']
 
 
+def test_metrics_have_the_names_of_their_numbers(run, tfds_data_dir):
+  if prepared.missing(['squad/v1.1:3.0.0', 'super_glue/multirc:1.0.2'],
+                      str(tfds_data_dir)):
+    pytest.skip('TFDS_DATA_DIR has no squad/v1.1 or no super_glue/multirc')
+  _, out, _ = run('squad', 'multirc', '--tfds_data_dir', str(tfds_data_dir))
+  assert [line for line in out.splitlines() if line.startswith('  metrics')] == [
+      '  metrics  exact_match, f1', '  metrics  f1a, exact_match']
+
+
 def test_an_example_of_tokens(run, tfds_data_dir):
   if prepared.missing(['local_text/wiki:1.0.0'], str(tfds_data_dir)):
     pytest.skip('TFDS_DATA_DIR has no local_text/wiki')

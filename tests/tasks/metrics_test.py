@@ -30,9 +30,13 @@ def test_accuracy(answers):
 
 def test_f1(answers):
   targets, predictions = answers
-  expected = sklearn_metrics.f1_score(targets == 1, predictions == 1)
+  guesses = [1 - target if guess == -1 else guess
+             for target, guess in zip(targets, predictions, strict=True)]
+  expected = sklearn_metrics.f1_score(targets, guesses)
+  assert expected < sklearn_metrics.f1_score(targets, predictions == 1)
   assert metrics.f1(targets, predictions)['f1'] == pytest.approx(100 * expected)
   assert metrics.f1([0, 0], [0, 0]) == {'f1': 0.0}
+  assert metrics.f1([1, 1, 0, 0], [1, -1, -1, 0]) == {'f1': 50.0}
 
 
 @pytest.mark.parametrize('wrong', [0.0, 0.2])
@@ -44,14 +48,15 @@ def test_mean_f1(wrong):
   assert metrics.mean_f1(targets, predictions)['mean_f1'] == pytest.approx(100 * expected)
 
 
-def test_mean_f1_is_over_the_classes_that_occur():
+def test_mean_f1_is_always_over_three_classes():
   rng = np.random.default_rng(6)
   targets, predictions = rng.integers(0, 2, 50), rng.integers(0, 2, 50)
-  expected = sklearn_metrics.f1_score(targets, predictions, average='macro')
-  assert metrics.mean_f1(targets, predictions)['mean_f1'] == pytest.approx(100 * expected)
-  predictions[:5] = 2
-  expected = sklearn_metrics.f1_score(targets, predictions, average='macro', labels=[0, 1, 2])
-  assert metrics.mean_f1(targets, predictions)['mean_f1'] == pytest.approx(100 * expected)
+  for _ in range(2):
+    expected = sklearn_metrics.f1_score(targets, predictions, average='macro', labels=[0, 1, 2],
+                                        zero_division=0)
+    assert metrics.mean_f1(targets, predictions)['mean_f1'] == pytest.approx(100 * expected)
+    predictions[:5] = 2
+  assert metrics.mean_f1([0, 1], [0, 1])['mean_f1'] == pytest.approx(200 / 3)
 
 
 @pytest.mark.parametrize('classes', [2, 3])
@@ -83,12 +88,11 @@ def test_correlations(rounded):
 
 def test_correlations_without_an_answer_or_a_difference():
   stats = pytest.importorskip('scipy.stats')
-  targets = [0.2, 4.0, 3.0, 1.0, 2.5]
+  targets, predictions = [0.2, 4.0, 3.0, 1.0, 2.5], [-1.0, 4.0, -1.0, 1.2, 7.0]
   for function, expected in ((metrics.pearson_correlation, stats.pearsonr),
                              (metrics.spearman_correlation, stats.spearmanr)):
-    (value,) = function(targets, [-1.0, 4.0, -1.0, 1.2, -1.0]).values()
-    assert value == pytest.approx(100 * expected(targets, [5.0, 4.0, 0.0, 1.2, 0.0])[0])
-    assert value < 0 < min(function(targets, [0.0, 4.0, 3.0, 1.2, 2.0]).values())
+    (value,) = function(targets, predictions).values()
+    assert value == pytest.approx(100 * expected(targets, predictions)[0])
     assert [*function(targets, [3.1] * 5).values(), *function([3.1] * 5, targets).values()] == [
         0, 0]
     assert list(function(targets, targets).values()) == [pytest.approx(100)]
@@ -105,7 +109,9 @@ def test_multirc(seed):
   predictions = np.where(rng.random(60) < 0.8, targets, rng.integers(-1, 2, 60))
   sides = [[{'label': int(label), 'group': group}
             for label, group in zip(side, groups, strict=True)] for side in (targets, predictions)]
-  expected = sklearn_metrics.f1_score(targets, predictions == 1)
+  assert -1 in predictions[targets == 0]
+  guesses = np.where(predictions == -1, 1 - targets, predictions)
+  expected = sklearn_metrics.f1_score(targets, guesses)
   assert metrics.f1_of_answers(*sides) == {'f1a': pytest.approx(100 * expected)}
   right = []
   for question in itertools.product(range(4), range(4)):

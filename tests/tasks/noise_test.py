@@ -117,11 +117,24 @@ def test_split_loses_nothing():
     assert sides[0][:-1] + sides[1][:-1] == tokens[row].tolist()
 
 
-def test_chunks_lose_at_most_one_token():
-  blocks = list(noise.chunks(np.arange(23), 5))
-  assert [block.shape for block in blocks] == [(4, 5), (1, 3)]
-  assert np.concatenate([block.ravel() for block in blocks]).tolist() == list(range(23))
-  assert [block.shape for block in noise.chunks(np.arange(21), 5)] == [(4, 5)]
+def test_blocks_by_hand():
+  def cut(*args):
+    return [side.tolist() for side in noise.blocks(*args)]
+
+  assert cut([23], 5) == [[0, 5, 10, 15, 20], [5, 5, 5, 5, 3]]
+  assert cut([21], 5) == [[0, 5, 10, 15], [5] * 4]
+  assert cut([21], 5, 1) == [[0, 5, 10, 15, 20], [5, 5, 5, 5, 1]]
+  assert cut([0, 7, 7, 8, 12], 5) == [[0, 5, 8], [5, 2, 4]]  # Streams of 0, 7, 0, 1 and 4 tokens.
+  assert cut([0], 5) == cut([0, 1], 5) == [[], []]
+
+
+def test_no_block_has_two_streams_and_nothing_is_lost():
+  ends = np.cumsum(np.random.default_rng(5).integers(0, 40, 200))
+  stream = np.repeat(np.arange(200), np.diff(ends, prepend=0))
+  begins, sizes = noise.blocks(ends, 7, 1)
+  assert sizes.max() == 7 and (np.diff(begins) == sizes[:-1]).all() and sizes.sum() == ends[-1]
+  assert (stream[begins] == stream[begins + sizes - 1]).all()
+  assert len(begins) == sum(-(-size // 7) for size in np.bincount(stream, minlength=200).tolist())
 
 
 def test_errors():

@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import re
+import unicodedata
 
 import pytest
 
@@ -15,21 +17,21 @@ from prompt_tuning_jax.tasks import question_answering, text_metrics  # noqa: E4
 BYTES = Vocabulary('bytes')
 GOLDEN = {
     ('squad', 'train'): (
-        'question: How many soldiers had to travel to the area by foot? context: The most '
-        'precarious of these quake-lakes was the one located in the extremely difficult terrain at '
-        'Mount Tangjia in Beichuan County, Sichuan, accessible only by foot or air; an Mi-26T '
-        'heavy lift helicopter belonging to the China Flying Dragon Special Aviation Company was '
-        'used to bring heavy earthmoving tractors to the affected location. This operation was '
-        'coupled with the work done by PLAAF Mi-17 helicopters bringing in PLA engineering corps, '
-        'explosive specialists and other personnel to join 1,200 soldiers who arrived on site by '
-        'foot. Five tons of fuel to operate the machinery was airlifted to the site, where a '
-        'sluice was constructed to allow the safe discharge of the bottlenecked water. Downstream, '
-        'more than 200,000 people were evacuated from Mianyang by June 1 in anticipation of the '
-        'dam bursting.', ['1,200'], '56d62b0f1c85041400946f62'),
+        'question: How many soldiers had to travel to the area by foot ? context: The most '
+        'precarious of these quake - lakes was the one located in the extremely difficult terrain '
+        'at Mount Tangjia in Beichuan County , Sichuan , accessible only by foot or air ; an Mi - '
+        '26T heavy lift helicopter belonging to the China Flying Dragon Special Aviation Company '
+        'was used to bring heavy earthmoving tractors to the affected location . This operation '
+        'was coupled with the work done by PLAAF Mi - 17 helicopters bringing in PLA engineering '
+        'corps , explosive specialists and other personnel to join 1 , 200 soldiers who arrived on '
+        'site by foot . Five tons of fuel to operate the machinery was airlifted to the site , '
+        'where a sluice was constructed to allow the safe discharge of the bottlenecked water . '
+        'Downstream , more than 200 , 000 people were evacuated from Mianyang by June 1 in '
+        'anticipation of the dam bursting . ', ['1 , 200'], '56d62b0f1c85041400946f62'),
     ('qa_bioasq_factoid', 'test'): (
-        'question: What is the 3D tomography imaging technique for diagnosis of  eye disease? '
-        "context: Retinal and Choroidal Changes in Patients with Parkinson's Disease Detected by "
-        'Swept-Source Optical Coherence Tomography.', ['Optical Coherence Tomography.'],
+        'question: What is the 3D tomography imaging technique for diagnosis of eye disease ? '
+        "context: Retinal and Choroidal Changes in Patients with Parkinson ' s Disease Detected by "
+        'Swept - Source Optical Coherence Tomography . ', ['Optical Coherence Tomography . '],
         '5c5249077e3cb0e23100000b'),
 }
 MRQA = [
@@ -45,6 +47,13 @@ MRQA = [
               'detected_answers': [{'text': 'The Lions', 'char_spans': [[0, 8]],
                                     'token_spans': [[0, 1]]}]}]},
 ]
+
+
+def parted(text):
+  """Letter by letter, by their Unicode classes instead of patterns."""
+  letters = [letter if letter in '_ \t\n\f\r' or unicodedata.category(letter)[0] in 'LMN'
+             else f' {letter} ' for letter in text]
+  return re.sub('[ \t\n\f\r]+', ' ', ''.join(letters))
 
 
 def prepared(name):
@@ -82,10 +91,10 @@ def test_rows(tmp_path, task):
   raw = tfds.load(question_answering.TFDS_DATASETS[task][0], split=split, download=False)
   assert cache.num_examples == 20 and cache.meta['num_cut'] == {'inputs': 0, 'targets': 0}
   for i, row in enumerate(raw.take(20).as_numpy_iterator()):
-    question, context = row['question'].decode(), row['context'].decode()
-    answers = [text.decode() for text in row['answers']['text']]
+    question, context = (parted(row[key].decode()) for key in ('question', 'context'))
+    answers = [parted(text.decode()) for text in row['answers']['text']]
     cached = cache.row(i)
-    assert cached['inputs'] == f'question: {question} context: {context}'
+    assert cached['inputs'] == f'question: {question} context: {context}'.replace('  ', ' ')
     assert cached['targets'] == answers[0] and cached['target'] == answers
     assert BYTES.decode(cache.targets(i)) == answers[0]
   targets = [row['target'] for row in cache.rows]
@@ -111,10 +120,18 @@ def test_mrqa_rows_of_the_catalogue(tmp_path):
   rows = question_answering.mrqa(builder.as_dataset('test')).as_numpy_iterator()
   told = {row['id']: (row['inputs'].decode(), row['targets'], row['references'].tolist())
           for row in rows}
-  context = 'context: The Lions kicked a 30-yard and a 42-yard field goal.'
+  context = 'context: The Lions kicked a 30 - yard and a 42 - yard field goal . '
   assert told == {
-      b'a1': (f'question: How long was the first? {context}', b'30-yard', [b'30-yard', b'30']),
-      b'a2': (f'question: Who kicked? {context}', b'The Lions', [b'The Lions'])}
+      b'a1': (f'question: How long was the first ? {context}', b'30 - yard',
+              [b'30 - yard', b'30']),
+      b'a2': (f'question: Who kicked ? {context}', b'The Lions', [b'The Lions'])}
+
+
+def test_punctuation_stands_alone():
+  texts = ['U.S. $5–6', 'snake_case  (é, e\u0301, ½)\n“no”', '東京。', '']
+  told = [text.decode() for text in question_answering.parted(texts).numpy()]
+  assert told == ['U . S . $ 5 – 6', 'snake_case ( é , e\u0301 , ½ ) “ no ” ', '東京 。 ', '']
+  assert told == list(map(parted, texts))
 
 
 def test_names():

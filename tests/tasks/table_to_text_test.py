@@ -83,12 +83,22 @@ def test_golden_rows(tmp_path, task, split):
   assert row['inputs'] == inputs == BYTES.decode(cache.inputs(0))
   assert row['targets'] == target == row['target'][0] == BYTES.decode(cache.targets(0))
   assert count is None or len(row['target']) == count
+  few = task in ('web_nlg', 'dart', 'dart_grouped')
+  assert all(row['target'] == row['example']['references'][:3 if few else None]
+             for row in cache.rows)
   assert cache.postprocess('A text.', row) == 'A text.'
   assert split != 'train' or all(len(row['target']) == 1 for row in cache.rows)
   assert cache.metric_fns() == [text_metrics.bleu]
   targets = [row['target'] for row in cache.rows]
   assert text_metrics.bleu(targets, [row['targets'] for row in cache.rows])['bleu'] == (
       pytest.approx(100))
+
+
+@pytest.mark.parametrize('task', table_to_text.TFDS_DATASETS)
+def test_web_nlg_and_dart_are_evaluated_with_three_references(task):
+  told = seqio.TaskRegistry.get(task).postprocess_fn(
+      'a', example={'references': list('abcde')}, is_target=True)
+  assert ''.join(told) == ('abcde' if task.startswith('e2e') else 'abc')
 
 
 def test_e2e_cleaned_puts_the_references_of_a_table_together():

@@ -86,6 +86,8 @@ def plain_bleu(targets, predictions):
 
 def test_bleu(answers):
   pytest.importorskip('sacrebleu')
+  answers = ([[text.lower() for text in texts] for texts in answers[0]],
+             [text.lower() for text in answers[1]])
   # Without punctuation, sacrebleu's words are ours. Empty references are shorter than missing ones.
   targets = [[text.replace('.', '').replace(',', '') for text in texts] for texts in answers[0]]
   targets[3] = ['', *targets[3]]
@@ -100,25 +102,41 @@ def test_bleu_is_sacrebleus(answers):
   sacrebleu = pytest.importorskip('sacrebleu')
   targets, predictions = answers
   single = [[texts[0]] for texts in targets]
-  expected = sacrebleu.corpus_bleu(predictions, [[texts[0] for texts in targets]]).score
+  expected = sacrebleu.corpus_bleu([text.lower() for text in predictions],
+                                   [[texts[0].lower() for texts in targets]]).score
   assert text_metrics.bleu(single, predictions)['bleu'] == pytest.approx(expected)
   # A reference said twice is the same as said once.
   padded = [[*texts, *[texts[0]] * (4 - len(texts))] for texts in targets]
-  expected = sacrebleu.corpus_bleu(predictions, list(map(list, zip(*padded, strict=True)))).score
-  assert text_metrics.bleu(targets, predictions)['bleu'] == pytest.approx(expected)
+  cased, expected = (sacrebleu.corpus_bleu(
+      predictions, list(map(list, zip(*padded, strict=True))), lowercase=lowercase).score
+                     for lowercase in (False, True))
+  assert text_metrics.bleu(targets, predictions)['bleu'] == pytest.approx(expected) != cased
   assert text_metrics.bleu(targets, [''] * 60)['bleu'] == 0.0
 
 
 def test_rouge(answers):
   rouge_scorer = pytest.importorskip('rouge_score.rouge_scorer')
   targets, predictions = answers
-  scorer = rouge_scorer.RougeScorer(text_metrics.ROUGE_TYPES, use_stemmer=True)
+  scorer = rouge_scorer.RougeScorer(['rouge1', 'rouge2'], use_stemmer=True)
   values = text_metrics.rouge(targets, predictions)
-  for name in text_metrics.ROUGE_TYPES[:2]:
-    each = [max(scorer.score(text, guess)[name].fmeasure for text in texts)
-            for texts, guess in zip(targets, predictions, strict=True)]
-    assert values[name] == pytest.approx(100 * sum(each) / 60)
-  assert values['rouge1'] > values['rouge2'] > 0
+  first = second = best_second = 0
+  for texts, guess in zip(targets, predictions, strict=True):
+    scores = [scorer.score(text, guess) for text in texts]
+    pairs = [(score['rouge1'].fmeasure, score['rouge2'].fmeasure) for score in scores]
+    best = [one for one, _ in pairs].index(max(one for one, _ in pairs))
+    first, second = first + pairs[best][0], second + pairs[best][1]
+    best_second += max(two for _, two in pairs)
+  assert values['rouge1'] == pytest.approx(100 * first / 60)
+  assert values['rouge2'] == pytest.approx(100 * second / 60) and 0 < second < best_second
+  assert values['rouge1'] > values['rouge2']
+
+
+def test_one_reference_gives_all_of_rouge():
+  pytest.importorskip('rouge_score')
+  # The second has more of the words, the first more of the pairs of words.
+  values = text_metrics.rouge([['red green', 'green blue red']], ['red green blue'])
+  assert values['rouge1'] == 100 and values['rouge2'] == 50
+  assert text_metrics.rouge([['red green']], ['red green blue'])['rouge2'] == pytest.approx(200 / 3)
 
 
 def test_rouge_by_sentences():
@@ -142,6 +160,9 @@ def test_references():
   example = {'references': ('one', 'two'), 'id': '3'}
   assert text_metrics.references('one', example=example, is_target=True) == ['one', 'two']
   assert text_metrics.references('guess', example=example, is_target=False) == 'guess'
+  for most, told in ((1, ['one']), (3, ['one', 'two'])):
+    assert text_metrics.references('', example=example, is_target=True, most=most) == told
+  assert text_metrics.references('guess', example=example, is_target=False, most=1) == 'guess'
 
 
 @pytest.mark.parametrize('metric', [text_metrics.squad, text_metrics.bleu, text_metrics.rouge])

@@ -253,8 +253,43 @@ def test_a_mixture_is_evaluated_task_by_task(tmp_path, tiny_base, reviews, batch
     trained(tmp_path / 'other', tiny_base, task, 4, metric='review/accuracy')
 
 
+def test_a_mixture_of_metrics_and_losses_needs_a_metric(tmp_path, tiny_base, reviews):
+  class Lossy(TextFile):
+    """Rows as they are, without metrics: measured by the loss."""
+
+    def build(self, split, vocabulary, lengths, folder):
+      super().build(split, vocabulary, lengths, folder)
+      meta = json.loads((folder / 'meta.json').read_text('utf-8'))
+      (folder / 'meta.json').write_text(json.dumps({**meta, 'metrics': []}), 'utf-8')
+
+  task = mixture.Mixture([TextFile(str(reviews)), Lossy(str(reviews), name='lossy')])
+  with pytest.raises(ValueError, match='name one as `metric`'):
+    trained(tmp_path / 'model', tiny_base, task, 2)
+  result = trained(tmp_path / 'model', tiny_base, task, 4, metric='lossy/loss')
+  lines = [json.loads(line) for line in (tmp_path / 'model' / 'metrics.jsonl').open()]
+  losses = [line['lossy/loss'] for line in lines if 'lossy/loss' in line]
+  assert result['best_value'] == min(losses) and all('mean' not in line for line in lines)
+
+
+def test_labels_are_decoded_on_request(finished, tmp_path, tiny_base, reviews, capsys):
+  """A prompt of twelve steps ranks labels, and writes none of them: decoded, all is wrong."""
+  result = trained(tmp_path / 'model', tiny_base, reviews, 2, rank_labels=False)
+  assert result['best_value'] == 0.0
+  _, ranked = finished
+  assert ranked['best_value'] > 0
+  source = write(tmp_path / 'rows.jsonl', [{'inputs': 'a dull film', 'targets': 'bad'}])
+  for flags in ([], ['--decode']):
+    assert eval_verb.main(['--base', str(tiny_base), '--prompt', ranked['prompt'], '--input',
+                           source, '--output', str(tmp_path / 'out.jsonl'), *flags]) == 0
+    prediction = read(tmp_path / 'out.jsonl')[0]['prediction']
+    assert (prediction in ('good', 'bad')) == (not flags)
+  assert 'accuracy' in capsys.readouterr().out
+
+
 def test_a_run_on_few_examples(tmp_path, tiny_base, reviews):
   options = {'train_subset': subsets.FewShot(2), 'eval_subset': subsets.LowData(5)}
   trained(tmp_path, tiny_base, reviews, 4, **options)
   with pytest.raises(ValueError, match='batching was'):  # other examples, another run
-    trained(tmp_path, tiny_base, reviews, 8, train_subset=subsets.FewShot(3))
+    trained(tmp_path, tiny_base, reviews, 8, **{**options, 'train_subset': subsets.FewShot(2, 1)})
+  with pytest.raises(ValueError, match='evaluated was'):
+    trained(tmp_path, tiny_base, reviews, 8, **{**options, 'eval_subset': subsets.LowData(5, 1)})

@@ -1,0 +1,54 @@
+"""Small trained changes of frozen weights, as a function of parameter trees.
+
+  lora/PATH/{a,b}  a [in, r], b [r, out]: the kernel at PATH is W + a b (Hu et al. 2022)
+  ia3/PATH         [out]: the kernel's outputs are scaled, W diag(l) (Liu et al. 2022)
+  ia3_in/PATH      [in]: its inputs are scaled, diag(l) W, which for an MLP's last kernel is IA3's
+                   scaling of the hidden activations
+
+The network is as it was: it is given other kernels. Whatever else a tree of trained leaves holds
+(`prompt/…`, `prefix/…`) stands beside the network's own.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from prompt_tuning_jax import param_paths
+from prompt_tuning_jax.types import Array, PyTree
+
+KINDS = ('lora', 'ia3', 'ia3_in')
+
+
+def combined(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> PyTree:
+  """The parameters that the model takes: frozen leaves with their changes, and new leaves.
+
+  Raises:
+    ValueError: a change is of a leaf that the frozen tree lacks, or does not fit it.
+  """
+  leaves = param_paths.flatten(frozen)
+  changes, beside = {}, {}
+  for path, leaf in param_paths.flatten(trained).items():
+    kind, _, rest = path.partition('/')
+    (changes.setdefault(kind, {}) if kind in KINDS else beside)[
+        rest if kind in KINDS else path] = leaf
+  for kind, of in changes.items():
+    paths = {path.rpartition('/')[0] for path in of} if kind == 'lora' else set(of)
+    for path in sorted(paths):
+      if path not in leaves:
+        raise ValueError(f'{kind} changes {path}, which the base does not have.')
+      leaves[path] = _changed(kind, path, leaves[path], of)
+  return param_paths.merge(param_paths.unflatten(leaves), param_paths.unflatten(beside))
+
+
+def _changed(kind: str, path: str, kernel: Array, of: Mapping[str, Array]) -> Array:
+  if kind == 'lora':
+    a, b = of[f'{path}/a'], of[f'{path}/b']
+    if (a.shape[0], b.shape[1]) != kernel.shape or a.shape[1] != b.shape[0]:
+      raise ValueError(f'lora of {path}: {a.shape} and {b.shape} do not make {kernel.shape}.')
+    return kernel + jnp.matmul(a, b).astype(kernel.dtype)
+  scale, axis = of[path], 1 if kind == 'ia3' else 0
+  if scale.shape != (kernel.shape[axis],):
+    raise ValueError(f'{kind} of {path}: {scale.shape} does not scale axis {axis} of '
+                     f'{kernel.shape}.')
+  return kernel * jnp.expand_dims(scale, 1 - axis).astype(kernel.dtype)

@@ -1,0 +1,131 @@
+"""Lightweight fine-tuning: small changes of frozen weights, or few of the weights themselves."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from prompt_tuning_jax import param_paths
+from prompt_tuning_jax.checkpoints import prompt_file
+from prompt_tuning_jax.checkpoints.base_checkpoint import Base
+from prompt_tuning_jax.networks import t5
+from prompt_tuning_jax.prompted_model import PromptedModel
+from prompt_tuning_jax.types import Array, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+  """A product of two thin matrices is added to some kernels (Hu et al. 2022).
+
+  Args:
+    rank: r, their common width.
+    alpha: alpha / r scales the product; it is in the spread that `a` starts with, so that the
+      leaves are the change itself.
+    kernels: patterns of whole parameter paths; the paper changes queries and values.
+  """
+
+  rank: int = 8
+  alpha: float = 16.0
+  kernels: Sequence[str] = (r'.*/(query|value)/kernel',)
+
+  trainable = ('lora/.*',)
+
+  def __post_init__(self):
+    if type(self.rank) is not int or self.rank < 1:
+      raise ValueError(f'rank must be a whole number from 1, got {self.rank!r}.')
+
+  def model(self, config: t5.T5Config) -> PromptedModel:
+    """The bare network."""
+    return PromptedModel(t5.Transformer(config))
+
+  def virtual_tokens(self, num_embeddings: int) -> None:
+    """Nothing is written into the inputs."""
+
+  def initial(self, key: Array, base: Base, vocabulary: Any) -> PyTree:
+    """a is random and b is 0: training starts from the base model."""
+    kernels = param_paths.flatten(base.params)
+    leaves = {}
+    for i, path in enumerate(param_paths.matching(self.kernels, kernels)):
+      inputs, outputs = _kernel_shape(path, kernels[path])
+      spread = (self.alpha / self.rank) * (inputs ** -0.5)
+      leaves[f'lora/{path}/a'] = spread * jax.random.normal(
+          jax.random.fold_in(key, i), (inputs, self.rank))
+      leaves[f'lora/{path}/b'] = jnp.zeros((self.rank, outputs))
+    return param_paths.unflatten(leaves)
+
+  def save(self, path: pathlib.Path, trained: PyTree, base: Base, about: Mapping[str, Any]):
+    """Writes the matrices as `path`.safetensors."""
+    _save(path, trained, base, 'lora', about)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ia3:
+  """Keys, values and the MLPs' hidden activations are scaled by trained vectors (Liu et al. 2022).
+
+  `outputs` are the kernels whose outputs, `inputs` those whose inputs are scaled.
+  """
+
+  outputs: Sequence[str] = (r'.*/(key|value)/kernel',)
+  inputs: Sequence[str] = (r'.*/mlp/wo/kernel',)
+
+  trainable = ('ia3/.*', 'ia3_in/.*')
+
+  def model(self, config: t5.T5Config) -> PromptedModel:
+    """The bare network."""
+    return PromptedModel(t5.Transformer(config))
+
+  def virtual_tokens(self, num_embeddings: int) -> None:
+    """Nothing is written into the inputs."""
+
+  def initial(self, key: Array, base: Base, vocabulary: Any) -> PyTree:
+    """Ones: training starts from the base model."""
+    kernels, leaves = param_paths.flatten(base.params), {}
+    for kind, patterns, axis in (('ia3', self.outputs, 1), ('ia3_in', self.inputs, 0)):
+      for path in param_paths.matching(patterns, kernels):
+        leaves[f'{kind}/{path}'] = jnp.ones(_kernel_shape(path, kernels[path])[axis])
+    return param_paths.unflatten(leaves)
+
+  def save(self, path: pathlib.Path, trained: PyTree, base: Base, about: Mapping[str, Any]):
+    """Writes the vectors as `path`.safetensors."""
+    _save(path, trained, base, 'ia3', about)
+
+
+@dataclasses.dataclass(frozen=True)
+class PartTuning:
+  """Some of the base's own weights train, and only they are kept.
+
+  `trainable` are patterns of whole parameter paths: the norms' scales (what a T5, which has no
+  biases, has of BitFit, Ben Zaken et al. 2022), or the embedding table and the output layer.
+  """
+
+  trainable: Sequence[str] = (r'.*/scale',)
+
+  def model(self, config: t5.T5Config) -> PromptedModel:
+    """The bare network."""
+    return PromptedModel(t5.Transformer(config))
+
+  def virtual_tokens(self, num_embeddings: int) -> None:
+    """Nothing is written into the inputs."""
+
+  def initial(self, key: Array, base: Base, vocabulary: Any) -> PyTree:
+    """Adds nothing."""
+    return {}
+
+  def save(self, path: pathlib.Path, trained: PyTree, base: Base, about: Mapping[str, Any]):
+    """Writes the weights that trained as `path`.safetensors."""
+    _save(path, trained, base, 'part_tuning', about)
+
+
+def _kernel_shape(path: str, kernel: Array) -> tuple[int, int]:
+  if kernel.ndim != 2:
+    raise ValueError(f'{path} is no kernel: expected [in, out], got {list(kernel.shape)}.')
+  return kernel.shape
+
+
+def _save(path: pathlib.Path, trained: PyTree, base: Base, method: str, about: Mapping[str, Any]):
+  metadata = prompt_file.describe(base, method=method, **about)
+  prompt_file.save(path.with_suffix('.safetensors'), prompt_file.PromptFile(
+      param_paths.flatten(jax.device_get(trained)), metadata))
