@@ -183,8 +183,8 @@ def _widths(lengths: Sequence[tuple[np.ndarray, np.ndarray]], inputs: int | None
     if given is not None and (type(given) is not int or given < longest[side]):
       prompt = ' with its prompt' if name == 'inputs' else ''
       raise ValueError(f'PackedBatches.{name} should be a whole number of at least '
-                       f'{longest[side]}, the longest example{prompt}, got {given!r}: raise it, or lower the task '
-                       'feature lengths.')
+                       f'{longest[side]}, the longest example{prompt}, got {given!r}: raise it, '
+                       'or lower the task feature lengths.')
   some = [tuple(each[side][picked] for side in (0, 1)) for each in lengths
           for picked in [rng.permutation(len(each[0]))[:CHUNK]]]
   mean_share = np.mean([target.mean() / source.mean() for source, target in some])
