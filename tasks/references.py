@@ -33,8 +33,9 @@ def examples(split: str, shuffle_files: bool, seed: int | None = None, *, datase
   """Training: an example for each reference. Other splits: one for each input, with all of them."""
   del shuffle_files, seed
   name, bracket, part = split.partition('[')  # 'test[:100]' is TFDS's way to read a part.
-  if bracket and '+' in splits[name]:
-    raise ValueError(f'{split}: parts can be read of {splits[name].replace("+", " and ")} each.')
+  if bracket and '%' not in part and '+' in splits[name]:  # It would be so many of each.
+    raise ValueError(f'{split}: {name} is {splits[name].replace("+", " and ")}; take a share of '
+                     f'it, such as {name}[:10%], or a part of one of them.')
   rows = tfds.load(dataset, split='+'.join(one + bracket + part for one in splits[name].split('+')),
                    shuffle_files=False, download=False)
   texts = rows.map(to_example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)

@@ -71,4 +71,6 @@ def test_the_example_of_a_benchmark_is_a_task(tmp_path, monkeypatch):
   assert {(row['inputs'], row['targets'], row['target']) for row in rows} == {
       ('text: a gem .', 'positive', 1), ('text: dull', 'negative', 0)}
   assert rows[0]['choices'] == ['negative', 'positive']
-  assert 'rotten_tomatoes' in sys.modules
+  seqio = sys.modules['seqio']
+  seqio.TaskRegistry.remove('rotten_tomatoes')
+  assert sys.modules.pop('rotten_tomatoes')

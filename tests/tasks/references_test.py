@@ -56,3 +56,5 @@ def test_splits_and_their_parts(tfds_rows):
   for split in ('test', 'test[:10%]', 'train[:2]'):
     source.get_dataset(split, shuffle=False, seed=0)
   assert tfds_rows == ['seen+unseen', 'seen[:10%]+unseen[:10%]', 'train[:2]']
+  with pytest.raises(ValueError, match='test is seen and unseen; take a share of it'):
+    source.get_dataset('test[:2]', shuffle=False, seed=0)  # Two of each would be four.
