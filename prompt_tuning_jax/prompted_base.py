@@ -90,9 +90,7 @@ def _parts(file: prompt_file.PromptFile,
     length = len(file.params[prompt_file.EMBEDDING])
     modules['prompt'] = SoftPrompt(length, config.emb_dim)
     virtual = VirtualTokens(config.vocab_size, length, file.metadata.get('placement', 'before'))
-  prefixes = {path.removeprefix('prefix/'): leaf for path, leaf in file.params.items()
-              if path.startswith('prefix/')}
-  if prefixes:
+  if prefixes := file.under('prefix'):
     length = len(next(iter(prefixes.values()))[0, 0])
     modules['prefix'] = DirectPrefix(length, num_layers(config, prefixes), config.num_heads,
                                      config.head_dim)

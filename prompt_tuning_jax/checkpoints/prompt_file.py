@@ -33,6 +33,11 @@ class PromptFile:
   params: dict[str, np.ndarray]
   metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+  def under(self, name: str) -> dict[str, np.ndarray]:
+    """The leaves `name/REST` by REST; {} where there are none."""
+    return {path.removeprefix(f'{name}/'): leaf for path, leaf in self.params.items()
+            if path.startswith(f'{name}/')}
+
 
 def describe(base: Any, *, method: str = 'prompt_tuning', placement: str = 'before',
              length: int | None = None, task: str | None = None,

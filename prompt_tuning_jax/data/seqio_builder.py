@@ -94,9 +94,10 @@ def build(task: str, modules: list[str], split: str, vocabulary: Mapping[str, An
   rows = (streams[task] if len(parts) == 1 and parts[0].name == task
           else _mix(provider, parts, streams, max_examples))
   writer, hidden = CacheWriter(folder), None
-  hidden_target = [*words.encode(HIDDEN), words.eos_id]
+  hidden_target = words.encode(f'{SENTINEL} {HIDDEN}' if sentinel else HIDDEN)
+  hidden_target = [*hidden_target[:lengths['targets'] - 1], words.eos_id]
   for inputs, targets, row in rows:
-    if hidden is None and list(targets) == hidden_target[:lengths['targets'] - 1] + [words.eos_id]:
+    if hidden is None and np.array_equal(targets, hidden_target):
       hidden = writer.num_examples
     writer.add(inputs, targets, row)
   writer.close(**meta, num_cut=cut, tasks=sorted(metas), first_hidden=hidden,

@@ -23,14 +23,12 @@ class FewShot:
     _check(self.per_class, self.seed)
 
   def __call__(self, cache: TokenCache) -> TokenCache:
-    rows_of = collections.defaultdict(list)
-    for i, row in enumerate(cache.rows):
-      if not row.get('choices'):
-        break
-      rows_of[row['targets']].append(i)
-    if not rows_of or not cache.rows[0].get('choices'):
+    if not cache.rows or not all(row.get('choices') for row in cache.rows):
       raise ValueError(f'{cache.meta["task"]} has no labels to draw {self.per_class} examples of: '
                        'take a number of examples (LowData) instead.')
+    rows_of = collections.defaultdict(list)
+    for i, row in enumerate(cache.rows):
+      rows_of[row['targets']].append(i)
     labels = sorted({label for row in cache.rows for label in row['choices']})
     few = [f'{label} ({len(rows_of[label])})' for label in labels
            if len(rows_of[label]) < self.per_class]

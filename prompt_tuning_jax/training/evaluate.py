@@ -142,9 +142,9 @@ class MixtureEvaluator:
       raise ValueError('Some tasks of the mixture have metrics and some only a loss, and no mean '
                        'of them chooses a best: name one as `metric` (TASK/METRIC), or set '
                        'EVAL_PERIOD=0.')
-    self._mean = 'loss' if smaller == {True} else 'mean'
+    self._mean = 'loss' if smaller == {True} else 'mean' if smaller == {False} else None
     names = [f'{part.task}/{name}' for part in evaluators for name in part.names]
-    names = names if len(smaller) > 1 else [self._mean, *names]
+    names = [self._mean, *names] if self._mean else names
     self.metric = _known(metric, names, '+'.join(part.task for part in evaluators))
 
   labels = None  # A mixture's tasks have different ones.
@@ -165,8 +165,7 @@ class MixtureEvaluator:
 
   def _named(self, each: Sequence[dict[str, float]]) -> dict[str, float]:
     own = [values[part.metric] for part, values in zip(self._evaluators, each, strict=True)]
-    comparable = len({part.metric in SMALLER_IS_BETTER for part in self._evaluators}) == 1
-    return {**({self._mean: float(np.mean(own))} if comparable else {}),
+    return {**({self._mean: float(np.mean(own))} if self._mean else {}),
             **{f'{part.task}/{name}': value
                for part, values in zip(self._evaluators, each, strict=True)
                for name, value in values.items()}}

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.checkpoints import prompt_file
 from prompt_tuning_jax.checkpoints.base_checkpoint import Base
-from prompt_tuning_jax.networks import t5
-from prompt_tuning_jax.prompted_model import PromptedModel
+from prompt_tuning_jax.training.methods import bare_network, no_virtual_tokens
 from prompt_tuning_jax.types import Array, PyTree
 
 
@@ -37,12 +36,7 @@ class Lora:
     if type(self.rank) is not int or self.rank < 1:
       raise ValueError(f'rank must be a whole number from 1, got {self.rank!r}.')
 
-  def model(self, config: t5.T5Config) -> PromptedModel:
-    """The bare network."""
-    return PromptedModel(t5.Transformer(config))
-
-  def virtual_tokens(self, num_embeddings: int) -> None:
-    """Nothing is written into the inputs."""
+  model, virtual_tokens = bare_network, no_virtual_tokens
 
   def initial(self, key: Array, base: Base, vocabulary: Any) -> PyTree:
     """a is random and b is 0: training starts from the base model."""
@@ -73,12 +67,7 @@ class Ia3:
 
   trainable = ('ia3/.*', 'ia3_in/.*')
 
-  def model(self, config: t5.T5Config) -> PromptedModel:
-    """The bare network."""
-    return PromptedModel(t5.Transformer(config))
-
-  def virtual_tokens(self, num_embeddings: int) -> None:
-    """Nothing is written into the inputs."""
+  model, virtual_tokens = bare_network, no_virtual_tokens
 
   def initial(self, key: Array, base: Base, vocabulary: Any) -> PyTree:
     """Ones: training starts from the base model."""
@@ -103,12 +92,7 @@ class PartTuning:
 
   trainable: Sequence[str] = (r'.*/scale',)
 
-  def model(self, config: t5.T5Config) -> PromptedModel:
-    """The bare network."""
-    return PromptedModel(t5.Transformer(config))
-
-  def virtual_tokens(self, num_embeddings: int) -> None:
-    """Nothing is written into the inputs."""
+  model, virtual_tokens = bare_network, no_virtual_tokens
 
   def initial(self, key: Array, base: Base, vocabulary: Any) -> PyTree:
     """Adds nothing."""

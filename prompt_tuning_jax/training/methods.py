@@ -23,6 +23,15 @@ def prompt_from_file(path: str) -> initializers.FromArray:
   return initializers.FromArray(prompt_file.load(path).params[prompt_file.EMBEDDING])
 
 
+def bare_network(method: Any, config: t5.T5Config) -> PromptedModel:
+  """The `model` of a method that puts no modules around the network."""
+  return PromptedModel(t5.Transformer(config))
+
+
+def no_virtual_tokens(method: Any, num_embeddings: int) -> None:
+  """The `virtual_tokens` of a method that writes nothing into the inputs."""
+
+
 @dataclasses.dataclass(frozen=True)
 class PromptTuning:
   """A soft prompt before a frozen model (Lester et al. 2021)."""
@@ -59,12 +68,7 @@ class ModelTuning:
 
   trainable = ('.*',)
 
-  def model(self, config: t5.T5Config) -> PromptedModel:
-    """The bare network."""
-    return PromptedModel(t5.Transformer(config))
-
-  def virtual_tokens(self, num_embeddings: int) -> None:
-    """Nothing is written into the inputs."""
+  model, virtual_tokens = bare_network, no_virtual_tokens
 
   def initial(self, key, base: Base, vocabulary: Any) -> PyTree:
     """Adds nothing."""

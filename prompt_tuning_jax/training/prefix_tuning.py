@@ -17,6 +17,7 @@ from prompt_tuning_jax.networks import t5
 from prompt_tuning_jax.networks.prefix import PLACES
 from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts.prefix import DirectPrefix, ReparameterizedPrefix, num_layers
+from prompt_tuning_jax.training.methods import no_virtual_tokens
 from prompt_tuning_jax.types import Array, PyTree
 
 # (place, module of the network whose keys and values stand there).
@@ -60,8 +61,7 @@ def prefix_from_file(path: str) -> Callable[..., dict[str, np.ndarray]]:
   """The initializer that starts from a trained prefix."""
   def initializer(length: int, base: Base, vocabulary: Any) -> dict[str, np.ndarray]:
     del length, base, vocabulary
-    return {name.removeprefix('prefix/'): leaf
-            for name, leaf in prompt_file.load(path).params.items() if name.startswith('prefix/')}
+    return prompt_file.load(path).under('prefix')
   return initializer
 
 
@@ -94,8 +94,7 @@ class PrefixTuning:
     """The network with this method's modules around it."""
     return PromptedModel(t5.Transformer(config), prefix=self._module(config))
 
-  def virtual_tokens(self, num_embeddings: int) -> None:
-    """Nothing is written into the inputs."""
+  virtual_tokens = no_virtual_tokens
 
   def initial(self, key: Array, base: Base, vocabulary: Any) -> PyTree:
     """The leaves this method adds to the base's tree."""

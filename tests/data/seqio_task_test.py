@@ -216,6 +216,13 @@ def test_processes_side_by_side_make_the_same_cache(
     assert (getattr(one, array) == getattr(other, array)).all()
 
 
+def test_a_hidden_label_behind_a_sentinel_is_hidden(tmp_path):
+  lengths = {'inputs': 12, 'targets': 30}
+  cache = build(tmp_path, 'hidden', sentinel=True, lengths=lengths, vocabulary={
+      'file': str(base_checkpoint.BUNDLED / 'mini' / 'spiece.model'), 'extra_ids': 100})
+  assert cache.meta['first_hidden'] == 2
+
+
 def test_targets_behind_a_sentinel(tmp_path):
   seqio = pytest.importorskip('seqio')
   vocabulary = Vocabulary(str(base_checkpoint.BUNDLED / 'mini' / 'spiece.model'))
