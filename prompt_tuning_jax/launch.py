@@ -214,17 +214,17 @@ def resolve(entry: Callable, **given) -> tuple[dict[str, Any], str]:
 
 
 def network_named(name: str):
-  """The T5Config in gin/network/NAME.gin; raises ValueError with the nearest name."""
+  """The configuration in gin/network/NAME.gin; raises ValueError with the nearest name."""
   import gin
 
-  from prompt_tuning_jax.networks import t5
+  from prompt_tuning_jax.training import run
   files = {path.stem: path for path in _our_files() if path.parent.name == 'network'}
   if name not in files:
     raise ValueError(f'There is no network {name}.{_nearest(name, files)} Networks: '
                      f'{", ".join(files)}.')
   gin.clear_config()
   gin.parse_config_file(str(files[name]))
-  return gin.get_configurable(t5.T5Config)()
+  return gin.get_bindings(run.train)['network']
 
 
 def _find(name: str) -> pathlib.Path:

@@ -10,7 +10,7 @@ import numpy as np
 from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.checkpoints import base_checkpoint, prompt_file
 from prompt_tuning_jax.data.vocabulary import Vocabulary
-from prompt_tuning_jax.networks import t5
+from prompt_tuning_jax.networks.parameters import logical_axes
 from prompt_tuning_jax.partitioning import Partitioner
 from prompt_tuning_jax.predictor import Predictor
 from prompt_tuning_jax.prompted_model import PromptedModel
@@ -53,7 +53,7 @@ class PromptedBase:
     return np.asarray([*kept, self.vocabulary.eos_id], np.int32)
 
 
-def load(base: str, prompt: str | None = None, *, network: t5.T5Config | None = None,
+def load(base: str, prompt: str | None = None, *, network: Any = None,
          vocabulary_file: str | None = None, dtype: str = 'float32', batch_size: int = 32,
          max_decode_length: int = 64) -> PromptedBase:
   """Reads base and prompt, and checks that they belong together (ValueError if not).
@@ -65,7 +65,7 @@ def load(base: str, prompt: str | None = None, *, network: t5.T5Config | None = 
   batch_size += -batch_size % partitioner.mesh.size
   loaded = base_checkpoint.load_base(base, config=network, vocabulary_file=vocabulary_file,
                                      dtype=dtype,
-                                     sharding_for=partitioner.sharding_for(t5.logical_axes))
+                                     sharding_for=partitioner.sharding_for(logical_axes))
   if loaded.vocabulary is None:
     raise ValueError(f'The base {base} brings no vocabulary: give its SentencePiece file with '
                      '--vocabulary.')
@@ -77,13 +77,13 @@ def load(base: str, prompt: str | None = None, *, network: t5.T5Config | None = 
     metadata = file.metadata
     modules, virtual = _parts(file, config)
     params = _with_leaves(file, params)
-  predictor = Predictor(PromptedModel(t5.Transformer(config), **modules), vocabulary, virtual,
+  predictor = Predictor(PromptedModel(config.network(), **modules), vocabulary, virtual,
                         batch_size, max_decode_length, partitioner)
   return PromptedBase(predictor, params, vocabulary, metadata)
 
 
 def _parts(file: prompt_file.PromptFile,
-           config: t5.T5Config) -> tuple[dict[str, nn.Module], VirtualTokens | None]:
+           config: Any) -> tuple[dict[str, nn.Module], VirtualTokens | None]:
   """The modules that own a file's leaves, and the ids of its prompt."""
   modules, virtual = {}, None
   if prompt_file.EMBEDDING in file.params:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax import launch
-from prompt_tuning_jax.networks import t5
+from prompt_tuning_jax.networks import parameters, t5
 from prompt_tuning_jax.prompts import initializers
 from prompt_tuning_jax.training import methods, run
 
@@ -152,7 +152,7 @@ def test_networks_have_their_public_sizes(name):
 @pytest.mark.parametrize('name', ['t5_1_0_small', 'mini', 'tiny'])
 def test_our_network_has_as_many_parameters(name):
   config = launch.network_named(name)
-  shapes = [spec.shape for spec in t5.parameter_specs(config).values()]
+  shapes = [spec.shape for spec in parameters.parameter_specs(config).values()]
   assert sum(map(math.prod, shapes)) == _count(config)
 
 

@@ -10,7 +10,7 @@ from flax.linen import partitioning
 
 from prompt_tuning_jax import objectives, param_paths, prompted_model
 from prompt_tuning_jax.data import packing
-from prompt_tuning_jax.networks import t5
+from prompt_tuning_jax.networks import parameters, t5
 from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts.soft_prompt import SoftPrompt
 from prompt_tuning_jax.prompts.virtual_tokens import PLACEMENTS, VirtualTokens
@@ -31,7 +31,7 @@ def random_base(config=CONFIG):
   rng = np.random.default_rng(1)
   base = {path: rng.normal(size=spec.shape).astype(np.float32)
           * (1 if path.endswith(('scale', 'embedding')) else 0.7 * spec.shape[0] ** -0.5)
-          for path, spec in t5.parameter_specs(config).items()}
+          for path, spec in parameters.parameter_specs(config).items()}
   base['decoder/logits_dense/kernel'][:, 1] *= 1.5  # so that some texts end
   return param_paths.unflatten(base)
 
@@ -92,7 +92,7 @@ def test_the_base_keeps_its_names_and_the_prompt_stands_beside_it():
   variables = jax.eval_shape(functools.partial(MODEL.init, enable_dropout=False),
                              jax.random.key(0), token, token, token)
   shapes = {path: leaf.shape for path, leaf in param_paths.flatten(variables['params']).items()}
-  base = {path: spec.shape for path, spec in t5.parameter_specs(CONFIG).items()}
+  base = {path: spec.shape for path, spec in parameters.parameter_specs(CONFIG).items()}
   assert shapes == base | {'prompt/embedding': (P, D)}
   axes = param_paths.flatten(partitioning.get_axis_names(variables['params_axes']))
   assert axes.keys() == shapes.keys()

@@ -15,7 +15,7 @@ from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.checkpoints import hf_config, hf_safetensors, stored_leaf, t5x_legacy
 from prompt_tuning_jax.checkpoints.hf_config import VocabularyFile
 from prompt_tuning_jax.checkpoints.stored_leaf import ShardingFor
-from prompt_tuning_jax.networks.t5 import T5Config, Transformer, parameter_specs
+from prompt_tuning_jax.networks.parameters import parameter_specs
 from prompt_tuning_jax.types import Array, DType, PyTree
 
 logger = logging.getLogger(__name__)
@@ -29,10 +29,15 @@ class Base:
   """A base model in memory. `vocabulary` is None where the folder has none."""
 
   name: str
-  config: T5Config
+  config: Any
   params: PyTree
   vocabulary: VocabularyFile | None
   fingerprint: str
+
+  @property
+  def embedding(self) -> Array:
+    """The embedding table [V, D]."""
+    return param_paths.flatten(self.params)[self.config.embedding]
 
 
 def bundled_bases() -> list[str]:
@@ -40,7 +45,7 @@ def bundled_bases() -> list[str]:
   return sorted(path.parent.name for path in BUNDLED.glob('*/config.json'))
 
 
-def load_base(name_or_folder: str | os.PathLike, *, config: T5Config | None = None,
+def load_base(name_or_folder: str | os.PathLike, *, config: Any = None,
               vocabulary_file: str | VocabularyFile | None = None,
               dtype: DType | None = 'float32',
               sharding_for: ShardingFor | None = None) -> Base:
@@ -72,12 +77,12 @@ def load_base(name_or_folder: str | os.PathLike, *, config: T5Config | None = No
   return Base(_short_name(folder), config, params, vocabulary, fingerprint(params))
 
 
-def random_base(config: T5Config, vocabulary_file: str, seed: int = 0) -> Base:
+def random_base(config: Any, vocabulary_file: str, seed: int = 0) -> Base:
   """A base of random float32 weights, T5X's initialisation: where pretraining starts."""
   vocabulary = _vocabulary('', vocabulary_file)
   _check_size('to be', config, vocabulary)
   token = jnp.ones((1, 1), jnp.int32)
-  init = jax.jit(lambda key: Transformer(config).init(key, token, token, token)['params'])
+  init = jax.jit(lambda key: config.network().init(key, token, token, token)['params'])
   params = init(jax.random.key(seed))
   return Base('random', config, params, vocabulary, fingerprint(params))
 
@@ -101,7 +106,7 @@ def _locate(name: str) -> str:
                    f'config.json of Hugging Face.{hint or remote}')
 
 
-def _config_beside(folder: str) -> T5Config | None:
+def _config_beside(folder: str) -> Any:
   """The network of a T5X folder that has a Hugging Face config.json beside its weights."""
   path = pathlib.Path(folder)
   is_there = not folder.startswith('gs://') and hf_safetensors.is_folder(path)
@@ -129,7 +134,7 @@ def _existing(vocabulary: VocabularyFile) -> VocabularyFile:
   return vocabulary
 
 
-def _check_size(folder: str, config: T5Config, vocabulary: VocabularyFile | None):
+def _check_size(folder: str, config: Any, vocabulary: VocabularyFile | None):
   """Raises ValueError where a vocabulary has ids that the embedding table has no rows for."""
   size = vocabulary and vocabulary.size
   if size and size > config.vocab_size:
@@ -156,7 +161,7 @@ def fingerprint(params: PyTree) -> str:
   for path, leaf in leaves.items():
     digest.update(f'{path} {"x".join(map(str, leaf.shape))}\n'.encode())
   for path, leaf in leaves.items():
-    if path == 'token_embedder/embedding':
+    if path.endswith('token_embedder/embedding'):
       digest.update(_rounded_bytes(leaf[:FINGERPRINT_ROWS]))
     elif len(leaf.shape) == 1:
       digest.update(_rounded_bytes(leaf))

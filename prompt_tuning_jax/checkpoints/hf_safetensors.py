@@ -18,7 +18,8 @@ from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.checkpoints import hf_config, safetensors_file
 from prompt_tuning_jax.checkpoints.atomic_write import atomic_folder
 from prompt_tuning_jax.checkpoints.stored_leaf import StoredLeaf, to_host
-from prompt_tuning_jax.networks.t5 import T5Config, parameter_specs
+from prompt_tuning_jax.networks.parameters import parameter_specs
+from prompt_tuning_jax.networks.t5 import T5Config
 from prompt_tuning_jax.types import PyTree
 
 FILE = 'model.safetensors'

@@ -36,14 +36,30 @@ class Embed(nn.Module):
         jnp.float32, axes=('vocab', 'embed'), module=self)
 
   def __call__(self, tokens: Array, virtual_embeddings: Array | None = None) -> Array:
-    """tokens: [B, T] int in [0, V + R), virtual_embeddings: [R, D] -> [B, T, D]."""
+    """tokens: [B, T] int in [0, V + R), virtual_embeddings: [R, D] or [L, R, D] -> [B, T, D].
+
+    Of rows for every layer these are the first layer's; the others go in by `virtual`.
+    """
     # An id that has no row embeds as NaN: a prompt shorter than its ids must not go unnoticed.
     words = jnp.take(self.embedding, tokens, axis=0, mode='fill').astype(self.dtype)
-    if virtual_embeddings is None or virtual_embeddings.shape[0] == 0:
-      return words
+    return self.virtual(words, tokens, virtual_embeddings, 0)
+
+  def virtual(self, x: Array, tokens: Array, virtual_embeddings: Array | None,
+              layer: int) -> Array:
+    """What goes into a layer, x: [B, T, D], with that layer's rows at the virtual tokens.
+
+    Rows [R, D] are the first layer's alone: any other gets x as it is. Those of every layer,
+    [L, R, D], replace what came out of the layer below (Liu et al. 2022, "P-Tuning v2").
+    """
+    if virtual_embeddings is None or virtual_embeddings.shape[-2] == 0:
+      return x
+    if virtual_embeddings.ndim == 2:
+      if layer:
+        return x
+      virtual_embeddings = virtual_embeddings[None]
     row = jnp.maximum(tokens - self.num_embeddings, 0)
-    virtual = jnp.take(virtual_embeddings.astype(self.dtype), row, axis=0, mode='fill')
-    return jnp.where((tokens >= self.num_embeddings)[..., None], virtual, words)
+    virtual = jnp.take(virtual_embeddings[layer].astype(self.dtype), row, axis=0, mode='fill')
+    return jnp.where((tokens >= self.num_embeddings)[..., None], virtual, x)
 
   def attend(self, x: Array) -> Array:
     """Logits of the tied output layer: [..., D] -> [..., V], float32."""

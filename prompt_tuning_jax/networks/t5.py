@@ -5,14 +5,11 @@ Parameter names and logical axes are T5X's, verbatim: they are a public checkpoi
 
 import dataclasses
 import functools
-import re
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax.linen import partitioning
 
-from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.networks import layers, masks
 from prompt_tuning_jax.networks.attention import MultiHeadAttention
 from prompt_tuning_jax.networks.prefix import LayerPrefix, Prefix
@@ -54,6 +51,27 @@ class T5Config:
     if self.dtype not in ('float32', 'bfloat16'):
       raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}.")
 
+  # Where the embedding table is, and the modules that make each place's keys and values.
+  embedding = 'token_embedder/embedding'
+  attention_modules = {'encoder': ('encoder', 'attention'),
+                       'decoder': ('decoder', 'self_attention'),
+                       'cross': ('decoder', 'encoder_decoder_attention')}
+
+  @property
+  def attentions(self) -> dict[str, int]:
+    """How many attentions of each place (`networks.prefix`) there are."""
+    return {'encoder': self.num_encoder_layers, 'decoder': self.num_decoder_layers,
+            'cross': self.num_decoder_layers}
+
+  @property
+  def prompted_layers(self) -> int:
+    """How many layers the inputs, and a prompt among them, go through."""
+    return self.num_encoder_layers
+
+  def network(self) -> 'Transformer':
+    """The network of this shape."""
+    return Transformer(self)
+
 
 def _norm(cfg: T5Config, name: str) -> layers.LayerNorm:
   return layers.LayerNorm(jnp.dtype(cfg.dtype), name=name)
@@ -94,16 +112,20 @@ class EncoderLayer(nn.Module):
 
 class Encoder(nn.Module):
   config: T5Config
+  token_embedder: layers.Embed
 
   @nn.compact
-  def __call__(self, x: Array, mask: Array, deterministic: bool,
-               prefix: Prefix = NO_PREFIX) -> Array:
-    """Embedded inputs x: [B, T, D], mask: [B, 1, T, T] -> [B, T, D]."""
+  def __call__(self, tokens: Array, mask: Array, deterministic: bool,
+               virtual_embeddings: Array | None = None, prefix: Prefix = NO_PREFIX) -> Array:
+    """tokens: [B, T], mask: [B, 1, T, T] -> [B, T, D]."""
     cfg = self.config
+    x = self.token_embedder(tokens, virtual_embeddings)
     positions = jnp.arange(x.shape[1])
     bias = _position_bias(cfg, bidirectional=True)(positions, positions)
     x = layers.dropout(cfg.dropout_rate)(x, deterministic=deterministic)
     for i in range(cfg.num_encoder_layers):
+      if i:
+        x = self.token_embedder.virtual(x, tokens, virtual_embeddings, i)
       x = EncoderLayer(cfg, name=f'layers_{i}')(x, bias, mask, deterministic,
                                                 prefix.at('encoder', i))
     x = _norm(cfg, 'encoder_norm')(x)
@@ -177,8 +199,10 @@ class Transformer(nn.Module):
   """T5, with the methods of T5X's networks and one keyword argument more.
 
   `virtual_embeddings` [R, D] are rows behind the embedding table: token id V + r embeds as row r,
-  in the encoder's tokens and in the decoder's. Token id 0 is padding. In packed batches attention
-  stays within equal segment ids; positions are relative, so position arguments change nothing.
+  in the encoder's tokens and in the decoder's. Rows of every encoder layer, [L, R, D], take the
+  place of what the layer below made at these tokens. Token id 0 is padding. In packed batches
+  attention stays within equal segment ids; positions are relative, so position arguments change
+  nothing.
   """
 
   config: T5Config
@@ -187,7 +211,7 @@ class Transformer(nn.Module):
   def setup(self):
     cfg = self.config
     self.token_embedder = layers.Embed(cfg.vocab_size, cfg.emb_dim, jnp.dtype(cfg.dtype))
-    self.encoder = Encoder(cfg)
+    self.encoder = Encoder(cfg, self.token_embedder)
     self.decoder = Decoder(cfg, self.token_embedder)
 
   def encode(self, encoder_input_tokens: Array, encoder_segment_ids: Array | None = None,
@@ -199,8 +223,7 @@ class Transformer(nn.Module):
     mask = masks.pairwise(live, live)
     if encoder_segment_ids is not None:
       mask &= masks.same_segment(encoder_segment_ids, encoder_segment_ids)
-    embedded = self.token_embedder(encoder_input_tokens, virtual_embeddings)
-    return self.encoder(embedded, mask, not enable_dropout, prefix)
+    return self.encoder(encoder_input_tokens, mask, not enable_dropout, virtual_embeddings, prefix)
 
   def decode(self, encoded: Array, encoder_input_tokens: Array, decoder_input_tokens: Array,
              decoder_target_tokens: Array, encoder_segment_ids: Array | None = None,
@@ -247,34 +270,3 @@ class Transformer(nn.Module):
     return self.decode(encoded, encoder_input_tokens, decoder_input_tokens, decoder_target_tokens,
                        encoder_segment_ids, decoder_segment_ids, decoder_positions, enable_dropout,
                        decode, virtual_embeddings=virtual_embeddings, prefix=prefix)
-
-
-@dataclasses.dataclass(frozen=True)
-class ParameterSpec:
-  """Shape of a parameter and the logical name of each of its axes."""
-
-  shape: tuple[int, ...]
-  axes: tuple[str, ...]
-
-
-@functools.lru_cache(maxsize=32)
-def parameter_specs(config: T5Config) -> dict[str, ParameterSpec]:
-  """Every parameter of the network by its path; nothing is allocated."""
-  token = jnp.ones((1, 1), jnp.int32)
-  init = functools.partial(Transformer(config).init, enable_dropout=False)
-  variables = jax.eval_shape(init, jax.random.key(0), token, token, token)
-  axes = partitioning.get_axis_names(variables['params_axes'])
-  axes = param_paths.flatten(axes)
-  return {path: ParameterSpec(tuple(leaf.shape), tuple(axes[path]))
-          for path, leaf in param_paths.flatten(variables['params']).items()}
-
-
-def logical_axes(path: str) -> tuple[str, ...] | None:
-  """The logical axes of a parameter of any T5; None for a path that no T5 has."""
-  path = re.sub(r'/layers_\d+/', '/layers_0/', path)
-  for activations in (('gelu', 'linear'), ('relu',)):
-    tiny = T5Config(8, 2, 1, 1, 1, 2, 2, mlp_activations=activations)
-    spec = parameter_specs(tiny).get(path)
-    if spec:
-      return spec.axes
-  return None

@@ -14,11 +14,18 @@ AXES = ('layers', 'keys_values', 'prompt', 'heads', 'kv')
 _INIT = nn.initializers.normal(0.02)
 
 
-def num_layers(config: Any, places: Iterable[str]) -> dict[str, int]:
-  """How many attentions of each place a network has, from its configuration."""
-  layers = {'encoder': config.num_encoder_layers, 'decoder': config.num_decoder_layers,
-            'cross': config.num_decoder_layers}
-  return {place: layers[place] for place in layers if place in places}
+def num_layers(config: Any, places: Iterable[str] | None) -> dict[str, int]:
+  """How many attentions of each place a network has; None is all of its places.
+
+  Raises:
+    ValueError: the network has no such place.
+  """
+  unknown = set(places or ()) - set(config.attentions)
+  if unknown:
+    raise ValueError(f'A prefix stands in some of {tuple(config.attentions)} in this network, got '
+                     f'{", ".join(sorted(unknown))}: change the `places` of the prefix.')
+  return {place: layers for place, layers in config.attentions.items()
+          if places is None or place in places}
 
 
 class DirectPrefix(nn.Module):

@@ -10,7 +10,6 @@ import jax
 from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.checkpoints import hf_safetensors, prompt_file
 from prompt_tuning_jax.checkpoints.base_checkpoint import Base
-from prompt_tuning_jax.networks import t5
 from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts import initializers
 from prompt_tuning_jax.prompts.soft_prompt import SoftPrompt
@@ -23,9 +22,9 @@ def prompt_from_file(path: str) -> initializers.FromArray:
   return initializers.FromArray(prompt_file.load(path).params[prompt_file.EMBEDDING])
 
 
-def bare_network(method: Any, config: t5.T5Config) -> PromptedModel:
+def bare_network(method: Any, config: Any) -> PromptedModel:
   """The `model` of a method that puts no modules around the network."""
-  return PromptedModel(t5.Transformer(config))
+  return PromptedModel(config.network())
 
 
 def no_virtual_tokens(method: Any, num_embeddings: int) -> None:
@@ -42,9 +41,9 @@ class PromptTuning:
 
   trainable = ('prompt/.*',)
 
-  def model(self, config: t5.T5Config) -> PromptedModel:
+  def model(self, config: Any) -> PromptedModel:
     """The network with this method's modules around it."""
-    return PromptedModel(t5.Transformer(config), SoftPrompt(self.length, config.emb_dim))
+    return PromptedModel(config.network(), SoftPrompt(self.length, config.emb_dim))
 
   def virtual_tokens(self, num_embeddings: int) -> VirtualTokens:
     """What the data path writes into each input."""
@@ -52,8 +51,7 @@ class PromptTuning:
 
   def initial(self, key, base: Base, vocabulary: Any) -> PyTree:
     """The leaves this method adds to the base's tree, from the base's embedding table."""
-    table = base.params['token_embedder']['embedding']
-    return {'prompt': {'embedding': self.initializer(key, self.length, table, vocabulary)}}
+    return {'prompt': {'embedding': self.initializer(key, self.length, base.embedding, vocabulary)}}
 
   def save(self, path: pathlib.Path, trained: PyTree, base: Base, about: Mapping[str, Any]):
     """Writes the prompt as `path`.safetensors; `about` has its task, labels and metric."""

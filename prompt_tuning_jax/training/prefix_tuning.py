@@ -13,16 +13,11 @@ import numpy as np
 from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.checkpoints import prompt_file
 from prompt_tuning_jax.checkpoints.base_checkpoint import Base
-from prompt_tuning_jax.networks import t5
 from prompt_tuning_jax.networks.prefix import PLACES
 from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts.prefix import DirectPrefix, ReparameterizedPrefix, num_layers
 from prompt_tuning_jax.training.methods import no_virtual_tokens
 from prompt_tuning_jax.types import Array, PyTree
-
-# (place, module of the network whose keys and values stand there).
-_ATTENTION = {'encoder': ('encoder', 'attention'), 'decoder': ('decoder', 'self_attention'),
-              'cross': ('decoder', 'encoder_decoder_attention')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +36,14 @@ class WordActivations:
       raise ValueError(f'A prefix starts from a text with tokens in the vocabulary, got '
                        f'{self.text!r}.')
     tokens = np.resize(np.asarray(pieces, np.int32), length)[None]
-    _, captured = t5.Transformer(base.config).apply(
+    _, captured = base.config.network().apply(
         {'params': base.params}, tokens, tokens, tokens, enable_dropout=False,
         capture_intermediates=lambda module, _: module.name in ('key', 'value'),
         mutable=['intermediates'])
     return {place: self._stacked(captured['intermediates'][stack], attention, base.config)
-            for place, (stack, attention) in _ATTENTION.items()}
+            for place, (stack, attention) in base.config.attention_modules.items()}
 
-  def _stacked(self, layers: Mapping[str, Any], attention: str, config: t5.T5Config) -> np.ndarray:
+  def _stacked(self, layers: Mapping[str, Any], attention: str, config: Any) -> np.ndarray:
     """[L, 2, P, N, H] of the layers of one stack."""
     of = lambda i, name: np.asarray(layers[f'layers_{i}'][attention][name]['__call__'][0][0],
                                     np.float32)
@@ -90,9 +85,9 @@ class PrefixTuning:
       raise ValueError('PROMPT_LENGTH and width must be whole numbers from 1 (width may be None), '
                        f'got {self.length!r} and {self.width!r}.')
 
-  def model(self, config: t5.T5Config) -> PromptedModel:
+  def model(self, config: Any) -> PromptedModel:
     """The network with this method's modules around it."""
-    return PromptedModel(t5.Transformer(config), prefix=self._module(config))
+    return PromptedModel(config.network(), prefix=self._module(config))
 
   virtual_tokens = no_virtual_tokens
 
@@ -120,7 +115,7 @@ class PrefixTuning:
     prompt_file.save(path.with_suffix('.safetensors'), prompt_file.PromptFile(
         param_paths.flatten(jax.device_get({'prefix': made})), metadata))
 
-  def _module(self, config: t5.T5Config) -> nn.Module:
+  def _module(self, config: Any) -> nn.Module:
     shape = (self.length, num_layers(config, self.places), config.num_heads, config.head_dim)
     if self.width is None:
       return DirectPrefix(*shape)

@@ -20,7 +20,7 @@ from prompt_tuning_jax.data import batches, mixture, token_cache
 from prompt_tuning_jax.data.prefetch import Prefetch
 from prompt_tuning_jax.data.token_cache import TokenCache
 from prompt_tuning_jax.data.vocabulary import Vocabulary
-from prompt_tuning_jax.networks import t5
+from prompt_tuning_jax.networks.parameters import logical_axes
 from prompt_tuning_jax.partitioning import Partitioner
 from prompt_tuning_jax.predictor import Predictor
 from prompt_tuning_jax.prompts.weight_changes import combined
@@ -37,7 +37,7 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
           initial_checkpoint_path: str | None, method: Any,
           optimizer: optax.GradientTransformation, train_steps: int, batch_size: int,
           eval_period: int = 1000, save_period: int = 1000, log_period: int = 50,
-          network: t5.T5Config | None = None, vocabulary: str | None = None,
+          network: Any = None, vocabulary: str | None = None,
           dropout_rate: float = 0.1, z_loss: float = 1e-4, label_smoothing: float = 0.0,
           activation_dtype: str = 'float32', parameter_dtype: str = 'float32', seed: int = 0,
           batching: Callable = batches.TrainBatches,
@@ -155,11 +155,11 @@ def _check(lengths: Mapping[str, int], model_dir: str, dropout_rate: float, **co
     raise ValueError(f'DROPOUT_RATE should be at least 0 and less than 1, got {dropout_rate!r}.')
 
 
-def _base(path: str | None, network: t5.T5Config | None, vocabulary: str | None, dtype: str,
+def _base(path: str | None, network: Any, vocabulary: str | None, dtype: str,
           partitioner: Partitioner, seed: int) -> Base:
   if path is not None:
     return base_checkpoint.load_base(path, config=network, vocabulary_file=vocabulary, dtype=dtype,
-                                     sharding_for=partitioner.sharding_for(t5.logical_axes))
+                                     sharding_for=partitioner.sharding_for(logical_axes))
   if network is None or vocabulary is None:
     raise ValueError('Without INITIAL_CHECKPOINT_PATH training starts from random weights, which '
                      'needs a network (--gin_file=network/….gin) and a VOCABULARY file.')

@@ -17,7 +17,7 @@ from prompt_tuning_jax.checkpoints import (
 )
 from prompt_tuning_jax.checkpoints.base_checkpoint import fingerprint, load_base
 from prompt_tuning_jax.checkpoints.hf_config import VocabularyFile
-from prompt_tuning_jax.networks import t5
+from prompt_tuning_jax.networks import parameters, t5
 
 CONFIG = t5.T5Config(1500, 4, 2, 1, 1, 2, 8)
 
@@ -26,7 +26,7 @@ def random_params(config=CONFIG):
   rng = np.random.default_rng(0)
   return param_paths.unflatten({
       path: jnp.asarray(rng.normal(size=spec.shape), jnp.float32)
-      for path, spec in t5.parameter_specs(config).items()})
+      for path, spec in parameters.parameter_specs(config).items()})
 
 
 @pytest.fixture(scope='module')

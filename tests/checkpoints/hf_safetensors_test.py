@@ -15,7 +15,7 @@ from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.checkpoints import hf_config, hf_safetensors
 from prompt_tuning_jax.checkpoints.base_checkpoint import load_base
 from prompt_tuning_jax.checkpoints.hf_config import VocabularyFile
-from prompt_tuning_jax.networks import t5
+from prompt_tuning_jax.networks import parameters, t5
 
 T5_1_1 = t5.T5Config(48, 8, 2, 2, 1, 4, 16)
 T5_1_0 = dataclasses.replace(T5_1_1, mlp_activations=('relu',), logits_via_embedding=True)
@@ -28,7 +28,7 @@ def random_params(config, dtype='float32'):
   rng = np.random.default_rng(0)
   return param_paths.unflatten({
       path: jnp.asarray(rng.normal(size=spec.shape, scale=0.5), dtype)
-      for path, spec in t5.parameter_specs(config).items()})
+      for path, spec in parameters.parameter_specs(config).items()})
 
 
 def assert_bit_equal(a, b):

@@ -16,7 +16,7 @@ from flax import serialization
 from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.checkpoints import t5x_legacy
 from prompt_tuning_jax.checkpoints.base_checkpoint import load_base
-from prompt_tuning_jax.networks import t5
+from prompt_tuning_jax.networks import parameters, t5
 
 # The dimensions of T5X's tiny test model.
 TINY = t5.T5Config(32128, 4, 2, 2, 2, 2, 8, relative_attention_num_buckets=4,
@@ -28,7 +28,7 @@ def random_params(config, dtype='float32', seed=0):
   rng = np.random.default_rng(seed)
   return param_paths.unflatten({
       path: jnp.asarray(rng.normal(size=spec.shape), dtype)
-      for path, spec in t5.parameter_specs(config).items()})
+      for path, spec in parameters.parameter_specs(config).items()})
 
 
 def assert_bit_equal(a, b):
@@ -65,7 +65,7 @@ def test_network_is_told_from_the_shapes(tiny):
   assert base.name == 'test_t5_1_1_tiny/checkpoint_3' and base.vocabulary is None
   for config in (SMALL, t5.T5Config(40, 4, 1, 2, 1, 3, 8, ('relu',), logits_via_embedding=True)):
     stored = {path: t5x_legacy.StoredLeaf(path, spec.shape, 'float32', lambda index: None)
-              for path, spec in t5.parameter_specs(config).items()}
+              for path, spec in parameters.parameter_specs(config).items()}
     assert t5x_legacy.infer_config(stored, 'here') == config
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax import param_paths
-from prompt_tuning_jax.networks import t5
+from prompt_tuning_jax.networks import parameters, t5
 from prompt_tuning_jax.networks.prefix import PLACES, Prefix
 
 CONFIG = t5.T5Config(vocab_size=40, emb_dim=24, num_heads=3, num_encoder_layers=1,
@@ -13,7 +13,7 @@ CONFIG = t5.T5Config(vocab_size=40, emb_dim=24, num_heads=3, num_encoder_layers=
 RNG = np.random.default_rng(0)
 PARAMS = param_paths.unflatten({
     path: RNG.normal(size=spec.shape).astype(np.float32) * spec.shape[0] ** -0.5
-    for path, spec in t5.parameter_specs(CONFIG).items()})
+    for path, spec in parameters.parameter_specs(CONFIG).items()})
 INPUTS, TARGETS = (RNG.integers(2, 40, (3, width)).astype(np.int32) for width in (9, 7))
 INPUTS[1, 6:] = 0
 ALL = {place: RNG.normal(size=(layers, 2, 2, 4, 3, 5)).astype(np.float32)

@@ -14,6 +14,7 @@ import pytest
 
 from prompt_tuning_jax import param_paths, prompted_model
 from prompt_tuning_jax.networks import t5
+from prompt_tuning_jax.networks.parameters import parameter_specs
 from prompt_tuning_jax.networks.prefix import PLACES
 from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts.prefix import DirectPrefix, num_layers
@@ -155,7 +156,7 @@ def close(ours, theirs, tolerance=1e-4):
 def test_encoder_states_and_logits(kind):
   model, config, params = network(kind)
   assert {path: leaf.shape for path, leaf in param_paths.flatten(params).items()} == {
-      path: spec.shape for path, spec in t5.parameter_specs(config).items()}
+      path: spec.shape for path, spec in parameter_specs(config).items()}
   inputs, targets = batch()
   with torch.no_grad():
     theirs = model(input_ids=tensor(inputs), attention_mask=tensor(inputs > 0),

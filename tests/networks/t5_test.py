@@ -10,7 +10,7 @@ import pytest
 from jax.extend import core
 
 from prompt_tuning_jax import param_paths
-from prompt_tuning_jax.networks import t5
+from prompt_tuning_jax.networks import parameters, t5
 
 V = 40
 CONFIG = t5.T5Config(vocab_size=V, emb_dim=24, num_heads=3, num_encoder_layers=1,
@@ -30,7 +30,7 @@ def random_params(config, seed=0):
   return param_paths.unflatten({
       path: rng.normal(size=spec.shape).astype(np.float32)
       * (1 if path.endswith(('scale', 'embedding')) else 0.7 * spec.shape[0] ** -0.5)
-      for path, spec in t5.parameter_specs(config).items()})
+      for path, spec in parameters.parameter_specs(config).items()})
 
 
 def rows(lengths, width, high=V):
@@ -102,7 +102,8 @@ PARAMETERS = {
 
 
 def specs(config):
-  return {path: (spec.shape, spec.axes) for path, spec in t5.parameter_specs(config).items()}
+  return {path: (spec.shape, spec.axes)
+          for path, spec in parameters.parameter_specs(config).items()}
 
 
 def test_parameters_are_those_of_t5x():
@@ -135,7 +136,7 @@ def test_what_initialisation_makes_is_what_is_specified():
     (t5.T5Config(250112, 512, 6, 8, 8, 64, 1024), 300_176_768),
 ], ids=['t5_small', 't5_1_1_small', 'mt5_small'])
 def test_published_networks_have_their_published_size(config, size):
-  sizes = [int(np.prod(spec.shape)) for spec in t5.parameter_specs(config).values()]
+  sizes = [int(np.prod(spec.shape)) for spec in parameters.parameter_specs(config).values()]
   assert sum(sizes) == size
 
 

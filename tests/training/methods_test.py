@@ -74,7 +74,7 @@ def test_training_starts_from_the_base(tiny_base, name):
 def test_parameters_of_t5_1_1_large(method, count):
   """Prompt tuning's 102,400 are those of Lester et al., table 4; the rest follow from shapes."""
   config = launch.network_named('t5_1_1_large')
-  from prompt_tuning_jax.networks.t5 import parameter_specs
+  from prompt_tuning_jax.networks.parameters import parameter_specs
   params = param_paths.unflatten({path: jax.ShapeDtypeStruct(spec.shape, np.float32)
                                   for path, spec in parameter_specs(config).items()})
   base = base_checkpoint.Base('large', config, params, None, '')
