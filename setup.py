@@ -61,6 +61,8 @@ setup(
         'cuda': ['jax[cuda12]'],
         # What generated text is measured with: BLEU and ROUGE.
         'metrics': ['rouge-score', 'sacrebleu'],
+        # What GPT-2's vocabulary is read with.
+        'tokenizers': ['tokenizers'],
         'test': [
             'peft',
             'pytest',
@@ -71,6 +73,7 @@ setup(
             'safetensors',
             'scikit-learn',
             'setuptools>=68',
+            'tokenizers',
             'torch',
             'transformers',
         ],

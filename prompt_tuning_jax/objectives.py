@@ -5,14 +5,17 @@ import jax.numpy as jnp
 
 from prompt_tuning_jax.types import Array
 
+IMPOSSIBLE = -1e9  # A logit below it is a mask's.
+
 
 def cross_entropy(logits: Array, targets: Array, z_loss: float = 0.0,
                   label_smoothing: float = 0.0) -> Array:
   """Cross entropy of each token in nats, with T5X's z-loss and label smoothing.
 
   z-loss adds z_loss * log(Z)^2, which keeps the softmax normaliser Z near 1. Smoothing gives the
-  target probability 1 - label_smoothing and shares the rest among all other words; the entropy of
-  that target distribution is taken off, so a perfect prediction costs 0.
+  target probability 1 - label_smoothing and shares the rest among all other words that the network
+  can give (not a masked one); the entropy of that target distribution is taken off, so a perfect
+  prediction costs 0.
 
   Args:
     logits: [..., V] float32.
@@ -21,14 +24,14 @@ def cross_entropy(logits: Array, targets: Array, z_loss: float = 0.0,
   Returns:
     [...] float32.
   """
-  size = logits.shape[-1]
   log_z = jax.nn.logsumexp(logits, axis=-1)
   log_likelihood = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - log_z
-  low = label_smoothing / (size - 1)
-  high = 1.0 - label_smoothing
   loss = -log_likelihood
   if label_smoothing:
-    every = jnp.sum(logits, axis=-1) - size * log_z
+    possible = logits > IMPOSSIBLE
+    size = jnp.sum(possible, axis=-1)
+    low, high = label_smoothing / (size - 1), 1.0 - label_smoothing
+    every = jnp.sum(jnp.where(possible, logits, 0.0), axis=-1) - size * log_z
     entropy = -(high * jnp.log(high) + (size - 1) * low * jnp.log(low + 1e-20))
     loss = -(high - low) * log_likelihood - low * every - entropy
   return loss + z_loss * jnp.square(log_z)

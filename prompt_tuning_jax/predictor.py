@@ -4,8 +4,10 @@ Inputs are sorted by length into batches of a few static shapes, so padding is l
 compiles twice; answers come back in the order of the inputs.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +24,17 @@ Tokens = np.ndarray | Sequence[int]
 NO_TARGET = (1,)
 
 
+def check_positions(config: Any, longest: int) -> None:
+  """Raises ValueError where a network with learned positions has too few for an example.
+
+  `longest` counts its input, prompt and target; the last target token is never read.
+  """
+  if config.max_positions is not None and longest - 1 > config.max_positions:
+    raise ValueError(f'The network has {config.max_positions} positions, but an input with its '
+                     f'prompt and target takes up to {longest - 1}: lower the most tokens of '
+                     'inputs or targets, or the length of the prompt.')
+
+
 class Predictor:
   """Runs one model over lists of token ids (unpadded, end-of-sequence id included)."""
 
@@ -30,10 +43,18 @@ class Predictor:
                max_decode_length: int = 64, partitioner: Partitioner = Partitioner()):
     self._vocabulary, self._virtual = vocabulary, virtual
     self._batch_size, self._partitioner = batch_size, partitioner
+    self._config, self._max_decode_length = model.network.config, max_decode_length
     self._rank = jax.jit(functools.partial(prompted_model.candidate_log_likelihoods, model))
     self._score = jax.jit(functools.partial(prompted_model.log_likelihood, model))
     self._predict = jax.jit(functools.partial(prompted_model.predict, model,
-                                              max_length=max_decode_length))
+                                              max_length=max_decode_length,
+                                              eos_id=vocabulary.eos_id))
+
+  def placing(self, virtual: VirtualTokens | None) -> 'Predictor':
+    """The same predictor, nothing compiled anew, with another prompt's ids in the inputs."""
+    other = copy.copy(self)
+    other._virtual = virtual
+    return other
 
   def rank(self, params: PyTree, inputs: Sequence[Tokens],
            choices: Sequence[Sequence[str]]) -> list[np.ndarray]:
@@ -44,6 +65,7 @@ class Predictor:
     ids = self._choice_ids(choices)
     most = max(map(len, ids))
     longest = max(len(tokens) for row in ids for tokens in row)
+    self._check_positions(inputs, [longest] * len(inputs))
 
     def run(rows, batch):
       candidates = np.zeros((len(rows), most, longest), np.int32)
@@ -57,6 +79,7 @@ class Predictor:
 
   def generate(self, params: PyTree, inputs: Sequence[Tokens]) -> list[str]:
     """The most probable text, token by token, of each input."""
+    self._check_positions(inputs, [self._max_decode_length] * len(inputs))
     put = self._partitioner.put_batch
     run = lambda _, batch: self._predict(params, put(batch)['encoder_input_tokens'])
     return [self._vocabulary.decode(tokens) for tokens in self._run(inputs, run)]
@@ -64,8 +87,15 @@ class Predictor:
   def score(self, params: PyTree, inputs: Sequence[Tokens],
             targets: Sequence[Tokens]) -> np.ndarray:
     """log p(target | input) in nats, summed over the target's tokens: [n] float32."""
+    self._check_positions(inputs, list(map(len, targets)))
     run = lambda _, batch: self._score(params, self._partitioner.put_batch(batch))
     return np.array(self._run(inputs, run, targets), np.float32)
+
+  def _check_positions(self, inputs: Sequence[Tokens], targets: Sequence[int]) -> None:
+    prompt = self._virtual.length if self._virtual else 0
+    check_positions(self._config, max(
+        (len(tokens) + prompt + length for tokens, length in zip(inputs, targets, strict=True)),
+        default=0))
 
   def _choice_ids(self, choices: Sequence[Sequence[str]]) -> list[list[list[int]]]:
     encode = functools.lru_cache(maxsize=None)(

@@ -1,6 +1,7 @@
 """A base with a prompt file, ready to answer: what eval, infer and score start from."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -10,15 +11,16 @@ import numpy as np
 from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.checkpoints import base_checkpoint, prompt_file
 from prompt_tuning_jax.data.vocabulary import Vocabulary
+from prompt_tuning_jax.networks import layers
 from prompt_tuning_jax.networks.parameters import logical_axes
 from prompt_tuning_jax.partitioning import Partitioner
 from prompt_tuning_jax.predictor import Predictor
 from prompt_tuning_jax.prompted_model import PromptedModel
-from prompt_tuning_jax.prompts.prefix import DirectPrefix, num_layers
-from prompt_tuning_jax.prompts.soft_prompt import SoftPrompt
+from prompt_tuning_jax.prompts import adapters, prefix
+from prompt_tuning_jax.prompts.soft_prompt import LayeredPrompt, SoftPrompt
 from prompt_tuning_jax.prompts.virtual_tokens import VirtualTokens
 from prompt_tuning_jax.prompts.weight_changes import combined
-from prompt_tuning_jax.types import PyTree
+from prompt_tuning_jax.types import Array, PyTree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,8 +69,7 @@ def load(base: str, prompt: str | None = None, *, network: Any = None,
                                      dtype=dtype,
                                      sharding_for=partitioner.sharding_for(logical_axes))
   if loaded.vocabulary is None:
-    raise ValueError(f'The base {base} brings no vocabulary: give its SentencePiece file with '
-                     '--vocabulary.')
+    raise ValueError(f'The base {base} brings no vocabulary: give its file with --vocabulary.')
   vocabulary = Vocabulary(loaded.vocabulary.file, loaded.vocabulary.extra_ids)
   config = dataclasses.replace(loaded.config, dtype=dtype)
   modules, virtual, params, metadata = {}, None, loaded.params, {}
@@ -86,14 +87,19 @@ def _parts(file: prompt_file.PromptFile,
            config: Any) -> tuple[dict[str, nn.Module], VirtualTokens | None]:
   """The modules that own a file's leaves, and the ids of its prompt."""
   modules, virtual = {}, None
-  if prompt_file.EMBEDDING in file.params:
-    length = len(file.params[prompt_file.EMBEDDING])
-    modules['prompt'] = SoftPrompt(length, config.emb_dim)
-    virtual = VirtualTokens(config.vocab_size, length, file.metadata.get('placement', 'before'))
+  if (rows := file.params.get(prompt_file.EMBEDDING)) is not None:
+    modules['prompt'] = SoftPrompt(len(rows), config.emb_dim)
+  elif (rows := file.params.get(prompt_file.DEEP_EMBEDDING)) is not None:
+    modules['prompt'] = LayeredPrompt(config.prompted_layers, rows.shape[1], config.emb_dim)
+  if rows is not None:
+    virtual = VirtualTokens(config.vocab_size, rows.shape[-2],
+                            file.metadata.get('placement', 'before'))
   if prefixes := file.under('prefix'):
     length = len(next(iter(prefixes.values()))[0, 0])
-    modules['prefix'] = DirectPrefix(length, num_layers(config, prefixes), config.num_heads,
-                                     config.head_dim)
+    modules['prefix'] = prefix.DirectPrefix(length, prefix.num_layers(config, prefixes),
+                                            config.num_heads, config.head_dim)
+  if leaves := file.under('adapter'):
+    modules['adapter'] = _adapters(leaves, file.metadata.get('activation', 'gelu'), config)
   expected = {}
   for name, module in modules.items():
     leaves = jax.eval_shape(module.init, jax.random.key(0))['params']
@@ -104,6 +110,19 @@ def _parts(file: prompt_file.PromptFile,
   if found != expected:
     raise ValueError(f'The prompt file holds {found}, but this base takes {expected}.')
   return modules, virtual
+
+
+def _adapters(leaves: Mapping[str, Array], activation: str,
+              config: Any) -> adapters.BottleneckAdapters:
+  """The module of a file's adapters {PLACE/NAME: leaf}; their width is that of any of them."""
+  if activation not in layers.ACTIVATIONS:
+    raise ValueError(f'The adapters have the activation {activation!r}; this version knows '
+                     f'{tuple(layers.ACTIVATIONS)}.')
+  width = next((leaf.shape[-1] for path, leaf in leaves.items()
+                if path.endswith('/down') and leaf.ndim), 0)
+  places = {path.partition('/')[0] for path in leaves}
+  return adapters.BottleneckAdapters(width, config.emb_dim, adapters.num_layers(config, places),
+                                     activation)
 
 
 def _with_leaves(file: prompt_file.PromptFile, params: PyTree) -> PyTree:

@@ -8,20 +8,23 @@ import jax.numpy as jnp
 
 from prompt_tuning_jax import objectives
 from prompt_tuning_jax.decoding import sample, token_choice
+from prompt_tuning_jax.networks.adapters import Adapters
 from prompt_tuning_jax.networks.prefix import Prefix
 from prompt_tuning_jax.types import Array, Batch, PyTree
 
 
 class PromptedModel(nn.Module):
-  """The network and, beside it, the modules that own a trainable prompt and a prefix (or None).
+  """The network and, beside it, the modules that own what is added to it (None adds nothing).
 
-  The parameter tree is the network's own with `prompt/…` or `prefix/…` added: the base keeps its
-  names. The methods are the network's, without its `virtual_embeddings` and `prefix`.
+  The parameter tree is the network's own with `prompt/…`, `prefix/…` or `adapter/…` added: the base
+  keeps its names. The methods are the network's, without its `virtual_embeddings`, `prefix` and
+  `adapters`.
   """
 
   network: nn.Module
   prompt: nn.Module | None = None
   prefix: nn.Module | None = None
+  adapter: nn.Module | None = None
 
   def setup(self):
     nn.share_scope(self, self.network)
@@ -30,9 +33,12 @@ class PromptedModel(nn.Module):
     added = {} if self.prompt is None else {'virtual_embeddings': self.prompt()}
     if self.prefix is not None:  # One prefix for every example.
       added['prefix'] = Prefix(**{place: x[:, :, None] for place, x in self.prefix().items()})
+    if self.adapter is not None:  # So too of adapters.
+      leaves = jax.tree.map(lambda leaf: leaf[:, None], self.adapter())
+      added['adapters'] = Adapters(leaves, activation=self.adapter.activation)
     return added
 
-  def encode(self, *args, **kwargs) -> Array:
+  def encode(self, *args, **kwargs) -> PyTree:
     """As the network's `encode`."""
     return self.network.encode(*args, **kwargs, **self._added())
 
@@ -112,7 +118,7 @@ def candidate_log_likelihoods(model: PromptedModel, params: PyTree, encoder_inpu
 
 def predict(model: PromptedModel, params: PyTree, encoder_input_tokens: Array, max_length: int,
             choose: Callable[[Array, Array], Array] = token_choice.Greedy(),
-            key: Array | None = None) -> Array:
+            key: Array | None = None, eos_id: int = 1) -> Array:
   """Generates targets with a key-value cache: [B, T] int32 -> [B, max_length] int32."""
   frozen = {'params': params}
   encoded = model.apply(frozen, encoder_input_tokens, enable_dropout=False, method='encode')
@@ -125,12 +131,13 @@ def predict(model: PromptedModel, params: PyTree, encoder_input_tokens: Array, m
 
   start = jnp.zeros(encoder_input_tokens.shape[0], jnp.int32)
   _, caches = decode(frozen, start, ['cache', 'cross_cache'])
+  # Only a network with cross-attention has anything else there than the growing cache.
+  kept = {name: value for name, value in caches.items() if name != 'cache'}
 
   def next_logits(cache, tokens):
-    variables = {**frozen, 'cross_cache': caches['cross_cache'], 'cache': cache}
-    outputs, updated = decode(variables, tokens, ['cache'])
+    outputs, updated = decode({**frozen, **kept, 'cache': cache}, tokens, ['cache'])
     return outputs[:, 0], updated['cache']
 
   key = jax.random.key(0) if key is None else key
   return sample.sample(next_logits, caches['cache'], key, encoder_input_tokens.shape[0],
-                       max_length, choose)
+                       max_length, choose, eos_id)

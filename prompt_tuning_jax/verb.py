@@ -29,7 +29,7 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
       help='a prompt file; without it the base answers unprompted')
   add('--network', metavar='NAME', help='such as t5_1_1_base, for a T5X folder')
   add('--vocabulary', type=path, metavar='FILE',
-      help="the base's SentencePiece file, if it is not beside it")
+      help="the base's SentencePiece file (or GPT-2's tokenizer.json), if not beside it")
   add('--dtype', default='float32', choices=('float32', 'bfloat16'))
   add('--batch_size', type=int, default=32, metavar='N')
   add('--max_input_length', type=int, default=512, metavar='TOKENS',

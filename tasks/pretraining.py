@@ -142,6 +142,9 @@ def _map_blocks(dataset: tf.data.Dataset, vocabulary: seqio.Vocabulary, length: 
     join: a group's texts are one stream; otherwise each is, and blocks of one length are made
       together. Rows have the order of the texts in any case.
   """
+  if vocabulary.eos_id != noise.EOS:
+    raise ValueError(f'Pretraining tasks end texts with id {noise.EOS}, but this vocabulary with '
+                     f'{vocabulary.eos_id}: they are for the vocabularies of T5.')
 
   def rows_of(texts: np.ndarray) -> list[np.ndarray]:
     # Not the group's number: groups of a split that is read in parts have the same noise.

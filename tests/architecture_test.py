@@ -14,14 +14,14 @@ FILES = sorted([*PACKAGE.rglob('*.py'), *TASKS.rglob('*.py')])
 
 FLOORS = (
     {'types'},
-    {'param_paths'},
+    {'param_paths', 'tokenizer_file'},
     {'networks', 'prompts', 'decoding', 'objectives', 'metrics', 'partitioning', 'optimizers'},
     {'prompted_model', 'methods', 'data', 'checkpoints'},
     {'predictor', 'jsonl'},
     {'training', 'prompted_base', 'serving', 'analysis', 't5x_bridge'},
     {'launch'},
     {'verb'},
-    {'train', 'eval', 'infer', 'score', 'serve', 'export', 'train_vocabulary'},
+    {'train', 'eval', 'infer', 'score', 'serve', 'export', 'train_vocabulary', 'similarity'},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TENSORFLOW = {'tensorflow', 'tensorflow_text', 'tensorflow_datasets', 'seqio', 't5', 'clu'}

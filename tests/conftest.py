@@ -73,6 +73,22 @@ def tiny_base(tmp_path_factory, reviews) -> pathlib.Path:
   return folder
 
 
+@pytest.fixture(scope='session')
+def bpe_file(tmp_path_factory, reviews) -> pathlib.Path:
+  """A tokenizer.json of GPT-2's kind, trained on the reviews: bytes, a few words, <|endoftext|>."""
+  tokenizers = pytest.importorskip('tokenizers')
+  made = tokenizers.Tokenizer(tokenizers.models.BPE())
+  made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  made.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+      vocab_size=300, special_tokens=['<unused>', '<|endoftext|>'], show_progress=False,
+      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  made.train_from_iterator(reviews.read_text(encoding='utf-8').splitlines(), trainer)
+  path = tmp_path_factory.mktemp('bpe') / 'tokenizer.json'
+  made.save(str(path))
+  return path
+
+
 @pytest.fixture
 def token_dir(tmp_path, monkeypatch) -> pathlib.Path:
   """A token cache of the test's own."""

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax import launch
-from prompt_tuning_jax.networks import parameters, t5
+from prompt_tuning_jax.networks import gpt, parameters, t5
 from prompt_tuning_jax.prompts import initializers
 from prompt_tuning_jax.training import methods, run
+from prompt_tuning_jax.training.lightweight import Adapters
+from prompt_tuning_jax.training.prefix_tuning import PrefixTuning
 
 GIN = pathlib.Path(__file__).resolve().parent.parent / 'gin'
 FILES = sorted(path.relative_to(GIN).as_posix() for path in GIN.rglob('*.gin'))
@@ -28,6 +30,9 @@ PARAMETERS = {
     'mt5_small': 300_176_768, 'mt5_base': 582_401_280, 'mt5_large': 1_229_581_312,
     'mt5_xl': 3_742_619_648, 'mt5_xxl': 12_921_057_280,
     'byt5_small': 299_637_760, 'byt5_base': 581_653_248,
+    # Ours have a row more.
+    'gpt2': 124_439_808 + 768, 'gpt2_medium': 354_823_168 + 1024, 'gpt2_large': 774_030_080 + 1280,
+    'gpt2_xl': 1_557_611_200 + 1600,
 }
 
 
@@ -51,6 +56,22 @@ def _count(config: t5.T5Config) -> int:
   tables = (1 if config.logits_via_embedding else 2) * config.vocab_size * config.emb_dim
   biases = 2 * config.relative_attention_num_buckets * config.num_heads
   return encoder + decoder + 2 * config.emb_dim + tables + biases
+
+
+def _count_decoder_only(config: gpt.GPTConfig) -> int:
+  width, joined = config.emb_dim, config.num_heads * config.head_dim
+  units = len(config.mlp_activations) * config.mlp_dim
+  layer = 4 * width * joined + width * (units + config.mlp_dim) + 2 * width
+  if config.use_bias:
+    layer += 3 * joined + width + units + width + 2 * width
+  tables = (1 if config.logits_via_embedding else 2) * config.vocab_size * width
+  norm = (2 if config.use_bias else 1) * width
+  positions = (config.relative_attention_num_buckets * config.num_heads
+               if config.max_positions is None else config.max_positions * width)
+  return config.num_layers * layer + tables + norm + positions
+
+
+COUNTS = {t5.T5Config: _count, gpt.GPTConfig: _count_decoder_only}
 
 
 def _read(files, bindings=()):
@@ -135,25 +156,37 @@ def test_every_name_has_one_axis_and_runs_bind_what_they_include():
 
 
 def test_files_of_one_axis_bind_the_same():
-  """Of `run.train`, and of networks all, so that one file of an axis replaces another."""
-  for axis, start in (('network', ''), ('method', 'run.')):
-    bound = [{name for name in _names(path) if name.startswith(start)}
-             for path in (GIN / axis).glob('*.gin')]
+  """Of `run.train`, and of each class of networks, so that one file of an axis replaces another."""
+  for axis, start in (('network', 'run.'), ('method', 'run.'), ('network', 't5.T5Config.'),
+                      ('network', 'gpt.GPTConfig.')):
+    bound = [names for path in (GIN / axis).glob('*.gin')
+             if (names := {name for name in _names(path) if name.startswith(start)})]
     assert len(bound) > 2 and all(names == bound[0] for names in bound), axis
+  for path in (GIN / 'network').glob('*.gin'):
+    assert len({name.rsplit('.', 1)[0] for name in _names(path)}) == 2, path  # run and a network
 
 
 @pytest.mark.parametrize('name', NETWORKS)
 def test_networks_have_their_public_sizes(name):
   config = launch.network_named(pathlib.Path(name).stem)
-  assert isinstance(config, t5.T5Config)
-  assert _count(config) == PARAMETERS.get(pathlib.Path(name).stem, _count(config))
+  count = COUNTS[type(config)](config)
+  assert count == PARAMETERS.get(pathlib.Path(name).stem, count)
 
 
-@pytest.mark.parametrize('name', ['t5_1_0_small', 'mini', 'tiny'])
+def test_a_network_of_one_class_replaces_that_of_another(values):
+  """What is left of the run's own network is not read, nor written down."""
+  run_file = 'run/mini_span_corruption.gin'
+  assert isinstance(_read_given([run_file], values)[0]['network'], t5.T5Config)
+  arguments, text = _read_given(['network/gpt2.gin', run_file], values)
+  assert arguments['network'] == launch.network_named('gpt2')
+  assert isinstance(arguments['network'], gpt.GPTConfig) and 't5.T5Config' not in text
+
+
+@pytest.mark.parametrize('name', ['t5_1_0_small', 'mini', 'tiny', 'gpt_tiny', 'decoder_only_mini'])
 def test_our_network_has_as_many_parameters(name):
   config = launch.network_named(name)
   shapes = [spec.shape for spec in parameters.parameter_specs(config).values()]
-  assert sum(map(math.prod, shapes)) == _count(config)
+  assert sum(map(math.prod, shapes)) == COUNTS[type(config)](config)
 
 
 def test_a_misspelt_network_is_told():
@@ -170,6 +203,27 @@ def test_prompt_tuning_has_the_papers_settings(values):
   for line in ('learning_rate = 0.3', 'decay_rate = 0.8', 'weight_decay_rate = 1e-05',
                'multiply_by_parameter_scale = False', 'clipping_threshold = 1.0'):
     assert f'optimizers.adafactor.{line}\n' in text
+
+
+@pytest.mark.parametrize(('name', 'method', 'optimizer'), [
+    ('deep_prompt', methods.DeepPrompt(100), 'adafactor'),
+    ('infix_tuning', methods.DeepPrompt(100, 'end'), 'adamw'),
+    ('embedding_only', methods.PromptTuning(100), 'adamw'),
+    ('prefix_tuning', PrefixTuning(100), 'adamw'),
+    ('adapters', Adapters(64), 'adamw')])
+def test_every_method_replaces_that_of_a_run(name, method, optimizer, values):
+  arguments, text = _read_given(['run/prompt_tuning.gin', f'method/{name}.gin'], values)
+  assert arguments['method'] == method
+  assert f'train.optimizer = @optimizers.{optimizer}()' in text
+  # The ablations of Li & Liang have their settings.
+  linear = 'peak = 5e-05' in text and '@prefix_rate/optimizers.linear_decay()' in text
+  assert linear == (name in ('infix_tuning', 'embedding_only', 'prefix_tuning'))
+
+
+def test_a_prompt_of_every_layer_starts_as_prompt_files_say(values):
+  files = ['run/prompt_tuning.gin', 'method/deep_prompt.gin', 'prompt/text.gin']
+  method = _read_given(files, values)[0]['method']
+  assert method == methods.DeepPrompt(100, 'before', initializers.Text('a film review'))
 
 
 def test_model_tuning_asks_for_nothing_of_prompts(values):

@@ -211,7 +211,7 @@ def test_a_vocabulary_is_read_once(tmp_path, base):
 def test_sentinels_are_not_added_twice_and_ids_have_rows(tmp_path, tiny_base, base):
   words = Vocabulary(base.vocabulary.file, 100)
   whole = tmp_path / 'whole.model'  # as mT5's: the sentinels are pieces of the file
-  whole.write_bytes(words._processor.serialized_model_proto())
+  whole.write_bytes(words._kind._processor.serialized_model_proto())
   loaded = base_checkpoint.load_base(tiny_base, vocabulary_file=str(whole))
   assert (loaded.vocabulary.extra_ids, loaded.vocabulary.size) == (0, words.size)
   assert (base.vocabulary.extra_ids, base.vocabulary.size) == (100, words.size)

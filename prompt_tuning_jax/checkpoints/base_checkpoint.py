@@ -12,7 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from prompt_tuning_jax import param_paths
-from prompt_tuning_jax.checkpoints import hf_config, hf_safetensors, stored_leaf, t5x_legacy
+from prompt_tuning_jax.checkpoints import (
+    hf_config,
+    hf_families,
+    hf_safetensors,
+    stored_leaf,
+    t5x_legacy,
+)
 from prompt_tuning_jax.checkpoints.hf_config import VocabularyFile
 from prompt_tuning_jax.checkpoints.stored_leaf import ShardingFor
 from prompt_tuning_jax.networks.parameters import parameter_specs
@@ -64,7 +70,7 @@ def load_base(name_or_folder: str | os.PathLike, *, config: Any = None,
     name_of = str
   else:
     config, stored = hf_safetensors.open_folder(folder, config)
-    name_of = hf_safetensors.name_of
+    name_of = hf_families.of_configuration(config).name_of
   vocabulary = _vocabulary(folder, vocabulary_file)
   own = vocabulary_file and _vocabulary(folder, None)
   if own and own.sha256 != vocabulary.sha256:
@@ -110,21 +116,16 @@ def _config_beside(folder: str) -> Any:
   """The network of a T5X folder that has a Hugging Face config.json beside its weights."""
   path = pathlib.Path(folder)
   is_there = not folder.startswith('gs://') and hf_safetensors.is_folder(path)
-  return hf_config.read_config(path)[0] if is_there else None
+  return hf_families.read_config(path) if is_there else None
 
 
 def _vocabulary(folder: str, given: str | VocabularyFile | None) -> VocabularyFile | None:
   if isinstance(given, str | os.PathLike):
-    name = os.path.expanduser(os.fspath(given))
-    made = VocabularyFile(name, 125 if name == hf_config.BYTES else 100)
+    made = hf_config.vocabulary_named(os.path.expanduser(os.fspath(given)))
     return hf_config.without_double_sentinels(_existing(made))
   if given is not None:
     return _existing(given)
-  if folder.startswith('gs://'):
-    return None
-  path = pathlib.Path(folder)
-  config = hf_config.read_json(path / 'config.json') if hf_safetensors.is_folder(path) else {}
-  return hf_config.find_vocabulary(path, config.get('model_type', 't5'))
+  return None if folder.startswith('gs://') else hf_families.find_vocabulary(pathlib.Path(folder))
 
 
 def _existing(vocabulary: VocabularyFile) -> VocabularyFile:

@@ -1,70 +1,27 @@
-"""Hugging Face T5 folders: config.json, model.safetensors (or its shards), spiece.model.
+"""Hugging Face folders: config.json, model.safetensors (or its shards) and the vocabulary.
 
-Kernels are transposed there, the relative-position table too ([buckets, N]); norms and the
-embedding are as in T5X. An output layer of its own (T5 1.1, mT5) is `lm_head.weight`.
+What is particular to one kind of network stands in its family (`hf_families`).
 """
 
-import dataclasses
-import json
+import math
 import os
 import pathlib
-import re
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from prompt_tuning_jax import param_paths
-from prompt_tuning_jax.checkpoints import hf_config, safetensors_file
+from prompt_tuning_jax.checkpoints import hf_config, hf_families, safetensors_file
 from prompt_tuning_jax.checkpoints.atomic_write import atomic_folder
-from prompt_tuning_jax.checkpoints.stored_leaf import StoredLeaf, to_host
+from prompt_tuning_jax.checkpoints.hf_config import VocabularyFile
+from prompt_tuning_jax.checkpoints.hf_family import Tensor
+from prompt_tuning_jax.checkpoints.stored_leaf import StoredLeaf
 from prompt_tuning_jax.networks.parameters import parameter_specs
-from prompt_tuning_jax.networks.t5 import T5Config
 from prompt_tuning_jax.types import PyTree
 
 FILE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 SHARD_BYTES = 5 * 10 ** 9
-EMBEDDING, LOGITS = 'token_embedder/embedding', 'decoder/logits_dense/kernel'
-
-_WHOLE = {EMBEDDING: 'shared.weight', LOGITS: 'lm_head.weight'}
-for _side in ('encoder', 'decoder'):
-  _WHOLE[f'{_side}/{_side}_norm/scale'] = f'{_side}.final_layer_norm.weight'
-  _WHOLE[f'{_side}/relpos_bias/rel_embedding'] = (
-      f'{_side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight')
-_PARTS = {
-    'encoder/attention': 'layer.0.SelfAttention',
-    'encoder/pre_attention_layer_norm': 'layer.0.layer_norm',
-    'encoder/mlp': 'layer.1.DenseReluDense',
-    'encoder/pre_mlp_layer_norm': 'layer.1.layer_norm',
-    'decoder/self_attention': 'layer.0.SelfAttention',
-    'decoder/pre_self_attention_layer_norm': 'layer.0.layer_norm',
-    'decoder/encoder_decoder_attention': 'layer.1.EncDecAttention',
-    'decoder/pre_cross_attention_layer_norm': 'layer.1.layer_norm',
-    'decoder/mlp': 'layer.2.DenseReluDense',
-    'decoder/pre_mlp_layer_norm': 'layer.2.layer_norm',
-}
-_KERNELS = {'query': 'q', 'key': 'k', 'value': 'v', 'out': 'o'}
-# Copies of shared.weight, and a table that early T5 files hold and no network reads.
-_COPIES = ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight')
-_UNUSED = 'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight'
-
-
-def name_of(path: str) -> str:
-  """'encoder/layers_0/attention/query/kernel' ->
-  'encoder.block.0.layer.0.SelfAttention.q.weight'."""
-  if path in _WHOLE:
-    return _WHOLE[path]
-  match = re.fullmatch(r'(encoder|decoder)/layers_(\d+)/(\w+)/(?:(\w+)/kernel|scale)', path)
-  if not match or f'{match[1]}/{match[3]}' not in _PARTS:
-    raise ValueError(f'{path} is no parameter of T5.')
-  side, layer, part, kernel = match.groups()
-  parts = [side, 'block', layer, _PARTS[f'{side}/{part}']]
-  return '.'.join(parts + ([_KERNELS.get(kernel, kernel)] if kernel else []) + ['weight'])
-
-
-def _is_transposed(path: str) -> bool:
-  return path.endswith(('/kernel', '/rel_embedding'))
 
 
 def is_folder(folder: pathlib.Path) -> bool:
@@ -72,33 +29,20 @@ def is_folder(folder: pathlib.Path) -> bool:
   return (folder / 'config.json').is_file()
 
 
-def open_folder(folder: str | os.PathLike, config: T5Config | None = None
-                ) -> tuple[T5Config, dict[str, StoredLeaf]]:
+def open_folder(folder: str | os.PathLike,
+                config: Any = None) -> tuple[Any, dict[str, StoredLeaf]]:
   """(the network, {canonical path: leaf}); reads headers only.
 
-  `config` overrides config.json. Otherwise the embedding's rows are the file's, and the output
-  layer is tied exactly where the file has no lm_head.weight of its own: transformers 5 writes
-  `tie_word_embeddings: true` for every T5. A tensor of unknown name stands under that name.
+  `config` overrides config.json; otherwise the embedding's rows are the file's. A tensor of unknown
+  name stands under that name.
   """
   folder = pathlib.Path(folder)
   tensors = {name: _leaf(header, name) for header in _headers(folder) for name in header.tensors}
-  tensors.pop(_UNUSED, None)
-  copies = [tensors.pop(name) for name in _COPIES if name in tensors]
-  if copies:
-    tensors.setdefault('shared.weight', copies[0])
-  if config is None:
-    config, _ = hf_config.read_config(folder)
-    shared, head = tensors.get('shared.weight'), tensors.get('lm_head.weight')
-    if shared and len(shared.shape) == 2:
-      config = dataclasses.replace(config, vocab_size=shared.shape[0])
-    if head and config.logits_via_embedding and not _is_same(shared, head):
-      config = dataclasses.replace(config, logits_via_embedding=False)
-  if config.logits_via_embedding and _is_same(
-      tensors.get('shared.weight'), tensors.get('lm_head.weight')):
-    del tensors['lm_head.weight']
-  paths = {name_of(path): path for path in parameter_specs(config)}
-  return config, {paths.get(name, name): _canonical(leaf, paths.get(name, name))
-                  for name, leaf in tensors.items()}
+  described, is_given = hf_config.read_json(folder / 'config.json'), config is not None
+  if not is_given:
+    config = hf_families.read_config(folder)
+  family = hf_families.of_configuration(config)
+  return family.canonical(tensors, described, config, is_given)
 
 
 def _headers(folder: pathlib.Path) -> list[safetensors_file.Header]:
@@ -126,67 +70,46 @@ def _leaf(header: safetensors_file.Header, name: str) -> StoredLeaf:
                     header.problem(name))
 
 
-def _canonical(leaf: StoredLeaf, path: str) -> StoredLeaf:
-  """The same tensor, seen transposed where T5X has it so."""
-  if not _is_transposed(path):
-    return leaf
-  return dataclasses.replace(leaf, shape=leaf.shape[::-1],
-                             read=lambda index: leaf.read(index[::-1]).T)
-
-
-def _is_same(shared: StoredLeaf | None, head: StoredLeaf | None, rows: int = 4096) -> bool:
-  """Whether the output layer is a mere copy of the embedding; stops at the first difference."""
-  if not (shared and head) or shared.problem or head.problem or len(shared.shape) != 2:
-    return False
-  if (shared.shape, shared.dtype) != (head.shape, head.dtype):
-    return False
-  parts = [(slice(i, i + rows), slice(None)) for i in range(0, shared.shape[0], rows)]
-  return all(np.array_equal(shared.read(part), head.read(part)) for part in parts)
-
-
-def write(folder: str | os.PathLike, config: T5Config, params: PyTree, *, vocabulary: Any = None,
-          replace: bool = False, shard_bytes: int = SHARD_BYTES):
+def write(folder: str | os.PathLike, config: Any, params: PyTree, *,
+          vocabulary: VocabularyFile | None = None, replace: bool = False,
+          shard_bytes: int = SHARD_BYTES):
   """Writes a folder that transformers and `open_folder` read, atomically, leaf by leaf.
 
-  Leaves keep their dtype. `vocabulary` (anything with `file` and `extra_ids`) is copied as
-  spiece.model. More than `shard_bytes` go into several files with an index. Raises ValueError if
-  the folder exists, unless told to `replace` it.
+  Leaves keep their dtype. The files of `vocabulary` are copied. More than `shard_bytes` go into
+  several files with an index. Raises ValueError if the folder exists, unless told to `replace` it,
+  and for a network that Hugging Face has no name for.
   """
   leaves = param_paths.flatten(params)
   specs = parameter_specs(config)
   if leaves.keys() != specs.keys():
     raise ValueError('The parameters are not those of the network; only in one of the two: '
                      f'{", ".join(sorted(leaves.keys() ^ specs.keys()))}.')
-  paths = {name_of(path): path for path in leaves}
-  tensors = {}
-  for name, path in sorted(paths.items()):
-    shape = tuple(leaves[path].shape)
-    if shape != specs[path].shape:
-      raise ValueError(f'{path} is {list(shape)}, expected {list(specs[path].shape)}.')
-    tensors[name] = (jnp.dtype(leaves[path].dtype).name,
-                     shape[::-1] if _is_transposed(path) else shape)
-
-  def get(name: str) -> np.ndarray:
-    array = to_host(paths[name], leaves[paths[name]])
-    return array.T if _is_transposed(paths[name]) else array
-
+  for path, leaf in leaves.items():
+    if tuple(leaf.shape) != specs[path].shape:
+      raise ValueError(f'{path} is {list(leaf.shape)}, expected {list(specs[path].shape)}.')
+  family = hf_families.of_configuration(config)
+  described = family.config_json(config, leaves, vocabulary)
+  tensors = dict(sorted(family.tensors(leaves).items()))
   files = _assign(tensors, shard_bytes)
   with atomic_folder(folder, replace) as temporary:
     for file, names in files.items():
-      safetensors_file.write(temporary / file, {name: tensors[name] for name in names}, get,
-                             {'format': 'pt'})
+      safetensors_file.write(
+          temporary / file, {name: (tensors[name].dtype, tensors[name].shape) for name in names},
+          lambda name: tensors[name].get(), {'format': 'pt'})
     if len(files) > 1:
       index = {'metadata': {'total_size': sum(map(_num_bytes, tensors.values()))},
                'weight_map': {name: file for file, names in files.items() for name in names}}
-      (temporary / INDEX).write_text(json.dumps(index, indent=2) + '\n', encoding='utf-8')
-    hf_config.write_beside(temporary, config, tensors['shared.weight'][0], vocabulary)
+      hf_config.write_json(temporary / INDEX, index)
+    hf_config.write_json(temporary / 'config.json', described)
+    if vocabulary is not None:
+      vocabulary.write(temporary)
 
 
-def _num_bytes(tensor: tuple[str, tuple[int, ...]]) -> int:
-  return int(np.prod(tensor[1])) * jnp.dtype(tensor[0]).itemsize
+def _num_bytes(tensor: Tensor) -> int:
+  return math.prod(tensor.shape) * jnp.dtype(tensor.dtype).itemsize
 
 
-def _assign(tensors: dict[str, tuple[str, tuple[int, ...]]], limit: int) -> dict[str, list[str]]:
+def _assign(tensors: dict[str, Tensor], limit: int) -> dict[str, list[str]]:
   """{file: names}, each file filled up to `limit` bytes (a larger tensor has its own)."""
   groups: list[list[str]] = [[]]
   filled = 0

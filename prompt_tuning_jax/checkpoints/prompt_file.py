@@ -1,8 +1,9 @@
 """The prompt file: a few kilobytes of trained leaves and what they belong to.
 
-safetensors, float32 leaves under their parameter names (`prompt/embedding` [P, D], `prefix/…`) and
-one metadata entry, `prompt_tuning_jax`, in JSON: `describe` makes it. Also reads the .npy prompts
-of google-research/prompt-tuning.
+safetensors, float32 leaves under their parameter names (`prompt/embedding` [P, D],
+`prompt/deep_embedding` [L, P, D], `prefix/…`, `adapter/…`) and one metadata entry,
+`prompt_tuning_jax`, in JSON: `describe` makes it. Also reads the .npy prompts of
+google-research/prompt-tuning.
 """
 
 import dataclasses
@@ -17,10 +18,11 @@ import numpy as np
 import prompt_tuning_jax
 from prompt_tuning_jax.checkpoints import safetensors_file
 from prompt_tuning_jax.checkpoints.atomic_write import atomic_file
-from prompt_tuning_jax.types import Array
 
 KEY = 'prompt_tuning_jax'
 EMBEDDING = 'prompt/embedding'
+DEEP_EMBEDDING = 'prompt/deep_embedding'
+_ROWS = {EMBEDDING: ('P', 'D'), DEEP_EMBEDDING: ('L', 'P', 'D')}  # leaves of rows, their axes
 FORMAT_VERSION = 1
 MAX_LENGTH = 100_000  # rows of a prompt: more is a mistake, such as a whole embedding table
 _NAME = re.compile(r'[\w.-]+(/[\w.-]+)*')
@@ -45,7 +47,8 @@ def describe(base: Any, *, method: str = 'prompt_tuning', placement: str = 'befo
              metric: Mapping[str, Any] | None = None) -> dict[str, Any]:
   """The metadata of a prompt trained on `base` (a `base_checkpoint.Base`).
 
-  `length` counts virtual tokens, `metric` has name, value and step.
+  `length` counts virtual tokens, `metric` has name, value and step. That of adapters has one entry
+  more, `activation`.
   """
   vocabulary = base.vocabulary
   return {
@@ -139,10 +142,11 @@ def _check_params(path: str | os.PathLike, params: Mapping[str, np.ndarray]):
     if not np.isfinite(leaf).all():
       raise ValueError(f'{path}: {name} has values that are NaN or infinite; the training that '
                        'made it diverged.')
-  embedding = params.get(EMBEDDING)
-  if embedding is not None and (embedding.ndim != 2 or embedding.shape[0] > MAX_LENGTH):
-    raise ValueError(f'{path}: {EMBEDDING} should be [P, D] with P up to {MAX_LENGTH}, got '
-                     f'{list(embedding.shape)}.')
+  for name, rows in _rows(params):
+    axes = _ROWS[name]
+    if rows.ndim != len(axes) or rows.shape[-2] > MAX_LENGTH:
+      raise ValueError(f'{path}: {name} should be [{", ".join(axes)}] with P up to {MAX_LENGTH}, '
+                       f'got {list(rows.shape)}.')
 
 
 def _check_metadata(path: str | os.PathLike, metadata: Mapping[str, Any],
@@ -154,20 +158,25 @@ def _check_metadata(path: str | os.PathLike, metadata: Mapping[str, Any],
                      f'prompt_tuning_jax {prompt_tuning_jax.__version__}, which reads '
                      f'{FORMAT_VERSION}. A newer version may read it.')
   kinds = {'method': str, 'placement': str, 'length': int, 'base': dict, 'vocabulary': dict,
-           'task': str, 'labels': list, 'metric': dict, 'version': str}
+           'task': str, 'labels': list, 'metric': dict, 'activation': str, 'version': str}
   for key, kind in kinds.items():
     value = metadata.get(key)
     if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
       raise ValueError(f'{path}: {key} in the metadata should be a {kind.__name__}, got '
                        f'{str(value)[:40]!r}.')
-  embedding, length = params.get(EMBEDDING), metadata.get('length')
-  if embedding is not None and length is not None and embedding.shape[0] != length:
-    raise ValueError(f'{path}: {EMBEDDING} has {embedding.shape[0]} rows, but the metadata says '
-                     f'length {length}.')
-  width = (metadata.get('base') or {}).get('d_model')
-  if embedding is not None and width is not None and embedding.shape[1] != width:
-    raise ValueError(f'{path}: {EMBEDDING} is {embedding.shape[1]} wide, but the metadata says '
-                     f'd_model {width}.')
+  length, width = metadata.get('length'), (metadata.get('base') or {}).get('d_model')
+  for name, rows in _rows(params):
+    if length is not None and rows.shape[-2] != length:
+      raise ValueError(f'{path}: {name} has {rows.shape[-2]} rows, but the metadata says '
+                       f'length {length}.')
+    if width is not None and rows.shape[-1] != width:
+      raise ValueError(f'{path}: {name} is {rows.shape[-1]} wide, but the metadata says '
+                       f'd_model {width}.')
+
+
+def _rows(params: Mapping[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
+  """The leaves that are rows of virtual tokens, with their names."""
+  return [(name, params[name]) for name in _ROWS if name in params]
 
 
 def check(prompt: PromptFile, base: Any):
@@ -184,9 +193,8 @@ def check(prompt: PromptFile, base: Any):
     if of_prompt is not None and of_prompt != of_base:
       problems.append(f'{what} is {str(of_prompt)[:12]}, but {str(of_base)[:12]} in this base')
 
-  embedding: Array | None = prompt.params.get(EMBEDDING)
-  width = made.get('d_model') if embedding is None else embedding.shape[1]
-  compare('the width', width, config.emb_dim)
+  widths = [rows.shape[-1] for _, rows in _rows(prompt.params)] or [made.get('d_model')]
+  compare('the width', widths[0], config.emb_dim)
   compare('the number of embedding rows', made.get('num_embeddings'), config.vocab_size)
   compare("the base's fingerprint", made.get('fingerprint'), base.fingerprint)
   if base.vocabulary is not None:

@@ -30,6 +30,33 @@ class StoredLeaf:
   problem: str | None = None
 
 
+def transposed(leaf: StoredLeaf) -> StoredLeaf:
+  """A matrix seen with its axes exchanged."""
+  return dataclasses.replace(leaf, shape=leaf.shape[::-1],
+                             read=lambda index: leaf.read(index[::-1]).T)
+
+
+def part_of_last_axis(leaf: StoredLeaf, k: int, parts: int) -> StoredLeaf:
+  """The k-th of so many equal parts that stand side by side in one tensor."""
+  size = leaf.shape[-1] // parts
+
+  def read(index: tuple[slice, ...]) -> np.ndarray:
+    start, stop, _ = index[-1].indices(size)
+    return leaf.read((*index[:-1], slice(k * size + start, k * size + stop)))
+
+  return dataclasses.replace(leaf, shape=(*leaf.shape[:-1], size), read=read)
+
+
+def is_copy(leaf: StoredLeaf | None, other: StoredLeaf | None, rows: int = 4096) -> bool:
+  """Whether two matrices are there and are the same; stops at the first difference."""
+  if not (leaf and other) or leaf.problem or other.problem or len(leaf.shape) != 2:
+    return False
+  if (leaf.shape, leaf.dtype) != (other.shape, other.dtype):
+    return False
+  parts = [(slice(i, i + rows), slice(None)) for i in range(0, leaf.shape[0], rows)]
+  return all(np.array_equal(leaf.read(part), other.read(part)) for part in parts)
+
+
 def check(stored: Mapping[str, StoredLeaf], shapes: Mapping[str, Shape], where: str,
           name_of: Callable[[str], str] = lambda path: path):
   """Raises one ValueError naming every leaf that is missing, extra, misshaped or unreadable."""

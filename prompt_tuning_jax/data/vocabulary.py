@@ -1,8 +1,8 @@
-"""T5's vocabularies without TensorFlow: SentencePiece with sentinels, and ByT5's bytes.
+"""Vocabularies without TensorFlow: SentencePiece with sentinels, ByT5's bytes, GPT-2's BPE.
 
-Ids are those of `seqio.SentencePieceVocabulary` and `seqio.ByteVocabulary`: 0 pads, 1 ends a
-sequence, 2 is unknown, and the sentinels stand behind the pieces in falling order, so that
-`<extra_id_0>` is the last id.
+Ids of the first two are those of `seqio.SentencePieceVocabulary` and `seqio.ByteVocabulary`: 0
+pads, 1 ends a sequence, 2 is unknown, and the sentinels stand behind the pieces in falling order,
+so that `<extra_id_0>` is the last id. Those of GPT-2 are in `data.byte_level_bpe`.
 """
 
 import dataclasses
@@ -18,8 +18,12 @@ from collections.abc import Iterable, Sequence
 import sentencepiece
 from etils import epath
 
+from prompt_tuning_jax import tokenizer_file
+from prompt_tuning_jax.data.byte_level_bpe import ByteLevelBPE
+
 BYTES = 'bytes'
 PAD, EOS, UNK = 0, 1, 2
+EXTRA_IDS = 100  # T5's sentinels.
 _NUM_SPECIAL = 3  # PAD, EOS, UNK: byte b has id b + 3.
 _NUM_BYTES = 256
 _USER_DEFINED = 4  # SentencePiece's type of a piece that is never split.
@@ -31,27 +35,30 @@ class Vocabulary:
   """Text to ids and back.
 
   Args:
-    file: a SentencePiece model file, or 'bytes' for UTF-8 bytes (ByT5).
-    extra_ids: how many sentinels `<extra_id_0>`, `<extra_id_1>`, … follow the pieces.
+    file: a SentencePiece model file, 'bytes' for UTF-8 bytes (ByT5), or GPT-2's tokenizer.json (or
+      its vocab.json, merges.txt beside it).
+    extra_ids: how many sentinels `<extra_id_0>`, `<extra_id_1>`, … follow the pieces; by default
+      100, and 0 of a tokenizer.json, which has none.
 
   Raises:
-    ValueError: the file is missing or no SentencePiece model (when first used).
+    ValueError: the file is missing or of none of these kinds (when first used).
   """
 
   file: str
-  extra_ids: int = 100
+  extra_ids: int | None = None
 
   def __post_init__(self):
     if not self.file:
       raise ValueError("A vocabulary needs a SentencePiece model file or the word 'bytes', got "
                        f'{self.file!r}: name one with --vocabulary=FILE.')
+    object.__setattr__(self, 'file', str(self.file))  # A path object is as good.
+    can_have = not tokenizer_file.is_tokenizer(self.file)
+    if self.extra_ids is None:
+      object.__setattr__(self, 'extra_ids', EXTRA_IDS if can_have else 0)
     if self.extra_ids < 0:
       raise ValueError(f'extra_ids must be 0 or more, got {self.extra_ids}.')
-    object.__setattr__(self, 'file', str(self.file))  # A path object is as good.
-
-  @property
-  def is_bytes(self) -> bool:
-    return self.file == BYTES
+    if self.extra_ids and not can_have:
+      raise ValueError(f'{self.file} has no sentinels: extra_ids must be 0, got {self.extra_ids}.')
 
   @property
   def pad_id(self) -> int:
@@ -59,23 +66,21 @@ class Vocabulary:
 
   @property
   def eos_id(self) -> int:
-    return EOS
+    return self._kind.eos_id
 
   @property
   def unk_id(self) -> int:
-    return UNK if self.is_bytes else self._processor.unk_id()
+    return self._kind.unk_id
 
   @property
   def size(self) -> int:
     """Number of ids: pieces (or special ids and bytes) and sentinels."""
-    if self.is_bytes:
-      return _NUM_SPECIAL + _NUM_BYTES + self.extra_ids
-    return self._processor.get_piece_size()
+    return self._kind.size
 
   @property
   def sha256(self) -> str:
-    """SHA-256 of the SentencePiece model file; 'bytes' for bytes."""
-    return BYTES if self.is_bytes else _sha256(self.file)
+    """SHA-256 of the file's content; 'bytes' for bytes."""
+    return self._kind.sha256
 
   def sentinel(self, k: int) -> int:
     """The id of `<extra_id_k>`."""
@@ -86,52 +91,157 @@ class Vocabulary:
 
   def encode(self, text: str) -> list[int]:
     """The ids of a text, without EOS."""
-    if self.is_bytes:
-      return [byte + _NUM_SPECIAL for byte in text.encode('utf-8')]
-    return self._processor.encode(text)
+    return self._kind.encode(text)
 
   def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
     """`encode` of every text, faster."""
-    return [self.encode(text) for text in texts] if self.is_bytes else (
-        self._processor.encode(list(texts)))
+    return self._kind.encode_many(texts)
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of ids up to the first EOS; ids beyond the vocabulary are unknown words."""
+    """The text of ids up to the first EOS; ids beyond the vocabulary are unknown words, or nothing.
+    """
     ids = [int(i) for i in ids]
-    if EOS in ids:
-      ids = ids[:ids.index(EOS)]
-    if self.is_bytes:
-      values = (i - _NUM_SPECIAL for i in ids)
-      return bytes(v for v in values if 0 <= v < _NUM_BYTES).decode('utf-8', errors='ignore')
-    processor = self._processor
-    size = processor.get_piece_size()
-    return processor.decode([i if 0 <= i < size else processor.unk_id() for i in ids])
+    if self.eos_id in ids:
+      ids = ids[:ids.index(self.eos_id)]
+    return self._kind.decode(ids)
 
   def piece(self, token: int) -> str:
-    """How one id is written: '▁the', '<extra_id_0>', '</s>', or a byte such as 'a' or '<0xE2>'."""
+    """How one id is written: '▁the' (GPT-2: 'Ġthe'), '<extra_id_0>', '</s>', or a byte such as 'a'
+    or '<0xE2>'."""
     if not 0 <= token < self.size:
       raise ValueError(f'The vocabulary has ids 0 to {self.size - 1}, got {token}.')
     if token >= self.size - self.extra_ids:
       return f'<extra_id_{self.size - 1 - token}>'
-    if not self.is_bytes:
-      return self._processor.id_to_piece(int(token))
-    if token < _NUM_SPECIAL:
-      return ('<pad>', '</s>', '<unk>')[token]
-    byte = token - _NUM_SPECIAL
-    return chr(byte) if 32 <= byte < 127 else f'<0x{byte:02X}>'
+    return self._kind.piece(int(token))
 
   def as_seqio(self):
     """The same vocabulary for SeqIO. Imports TensorFlow: for the process that builds caches."""
     import seqio
 
-    if self.is_bytes:
+    if isinstance(self._kind, _Bytes):
       return seqio.ByteVocabulary(self.extra_ids)
+    if isinstance(self._kind, ByteLevelBPE):
+      return _seqio_of(self)
     _load(self.file, self.extra_ids)  # So that a bad file gives our error.
     return seqio.SentencePieceVocabulary(self.file, self.extra_ids)
 
   @property
+  def _kind(self) -> '_Bytes | _SentencePiece | ByteLevelBPE':
+    if self.file == BYTES:
+      return _Bytes(self.extra_ids)
+    if tokenizer_file.is_tokenizer(self.file):
+      return ByteLevelBPE(self.file)
+    return _SentencePiece(self.file, self.extra_ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bytes:
+  """ByT5's vocabulary (Xue et al. 2021): byte b has id b + 3."""
+
+  extra_ids: int
+  eos_id = EOS
+  unk_id = UNK
+  sha256 = BYTES
+
+  @property
+  def size(self) -> int:
+    return _NUM_SPECIAL + _NUM_BYTES + self.extra_ids
+
+  def encode(self, text: str) -> list[int]:
+    return [byte + _NUM_SPECIAL for byte in text.encode('utf-8')]
+
+  def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+    return [self.encode(text) for text in texts]
+
+  def decode(self, ids: Sequence[int]) -> str:
+    values = (i - _NUM_SPECIAL for i in ids)
+    return bytes(v for v in values if 0 <= v < _NUM_BYTES).decode('utf-8', errors='ignore')
+
+  def piece(self, token: int) -> str:
+    if token < _NUM_SPECIAL:
+      return ('<pad>', '</s>', '<unk>')[token]
+    byte = token - _NUM_SPECIAL
+    return chr(byte) if 32 <= byte < 127 else f'<0x{byte:02X}>'
+
+
+@dataclasses.dataclass(frozen=True)
+class _SentencePiece:
+  """T5's vocabulary: the pieces of a model file, then the sentinels."""
+
+  file: str
+  extra_ids: int
+  eos_id = EOS
+
+  @property
+  def unk_id(self) -> int:
+    return self._processor.unk_id()
+
+  @property
+  def size(self) -> int:
+    return self._processor.get_piece_size()
+
+  @property
+  def sha256(self) -> str:
+    return _sha256(self.file)
+
+  def encode(self, text: str) -> list[int]:
+    return self._processor.encode(text)
+
+  def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+    return self._processor.encode(list(texts))
+
+  def decode(self, ids: Sequence[int]) -> str:
+    processor = self._processor
+    size = processor.get_piece_size()
+    return processor.decode([i if 0 <= i < size else processor.unk_id() for i in ids])
+
+  def piece(self, token: int) -> str:
+    return self._processor.id_to_piece(token)
+
+  @property
   def _processor(self) -> sentencepiece.SentencePieceProcessor:
     return _load(self.file, self.extra_ids)
+
+
+def _seqio_of(vocabulary: Vocabulary):
+  """A vocabulary without sentinels as SeqIO's interface has it, TensorFlow calling Python."""
+  import numpy as np
+  import seqio
+  import tensorflow as tf
+
+  def ids_of(text: bytes | np.ndarray) -> np.ndarray:
+    text = text.item() if isinstance(text, np.ndarray) else text
+    return np.asarray(vocabulary.encode(text.decode('utf-8', 'replace')), np.int32)
+
+  class Wrapped(seqio.Vocabulary):  # SeqIO checks for its own class.
+    bos_id = None
+    eos_id = property(lambda self: vocabulary.eos_id)
+    unk_id = property(lambda self: vocabulary.unk_id)
+    _base_vocab_size = property(lambda self: vocabulary.size)
+
+    def _encode(self, s):
+      return vocabulary.encode(s)
+
+    def _decode(self, ids):
+      return vocabulary.decode(ids)
+
+    def _encode_tf(self, s):
+      s = tf.convert_to_tensor(s)
+      if s.shape.rank:  # A list of texts, such as choices.
+        return tf.map_fn(self._encode_tf, s,
+                         fn_output_signature=tf.RaggedTensorSpec([None], tf.int32, 0))
+      return tf.ensure_shape(tf.numpy_function(ids_of, [s], tf.int32), [None])
+
+    def _decode_tf(self, ids):
+      return tf.ensure_shape(tf.numpy_function(
+          lambda row: vocabulary.decode(row).encode('utf-8'), [ids], tf.string), [])
+
+    def __eq__(self, other):
+      return isinstance(other, seqio.Vocabulary) and getattr(other, 'sha256', None) == self.sha256
+
+    sha256 = property(lambda self: vocabulary.sha256)
+
+  return Wrapped()
 
 
 def train_vocabulary(texts: Iterable[str], path: str | pathlib.Path, pieces: int = 8000, *,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from prompt_tuning_jax.types import Array
 
-START = 0  # T5 starts decoding from the padding id.
+START = 0  # The padding id, from which T5 starts; what takes its place, a network may say.
 
 
 def sample(next_logits: Callable[[Any, Array], tuple[Array, Any]], cache: Any, key: Array,

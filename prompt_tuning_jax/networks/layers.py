@@ -1,5 +1,6 @@
-"""The layers that T5 is made of besides attention, with T5X's parameter names and axes."""
+"""The layers that networks are made of besides attention, with T5X's parameter names and axes."""
 
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ from flax.linen import partitioning
 
 from prompt_tuning_jax.types import Array, DType, Initializer
 
-# Gated GELU in T5 1.1 is the tanh approximation; 'linear' is the ungated half.
+# GELU is the tanh approximation, in T5 1.1 as in GPT-2; 'linear' is the ungated half.
 ACTIVATIONS = {'relu': nn.relu, 'gelu': nn.gelu, 'silu': nn.silu, 'linear': lambda x: x}
 FAN_IN = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
 
@@ -29,11 +30,13 @@ class Embed(nn.Module):
   num_embeddings: int
   features: int
   dtype: DType = jnp.float32
+  axes: tuple[str, str] = ('vocab', 'embed')
+  stddev: float = 1.0  # of a new table
 
   def setup(self):
     self.embedding = partitioning.param_with_axes(
-        'embedding', nn.initializers.normal(1.0), (self.num_embeddings, self.features),
-        jnp.float32, axes=('vocab', 'embed'), module=self)
+        'embedding', nn.initializers.normal(self.stddev), (self.num_embeddings, self.features),
+        jnp.float32, axes=self.axes, module=self)
 
   def __call__(self, tokens: Array, virtual_embeddings: Array | None = None) -> Array:
     """tokens: [B, T] int in [0, V + R), virtual_embeddings: [R, D] or [L, R, D] -> [B, T, D].
@@ -67,20 +70,41 @@ class Embed(nn.Module):
 
 
 class Dense(nn.Module):
-  """A matrix product without bias: [..., in] -> [..., features], of `out_dtype` or `dtype`."""
+  """A matrix product and a bias, if any: [..., in] -> [..., features] of `out_dtype` or `dtype`.
+
+  A collection `changes` (`prompts.weight_changes.per_example`) changes the kernel for each example
+  of a batch on its own: `lora_a` [B, in, r] and `lora_b` [B, r, features] are added to it, `ia3_in`
+  [B, in] scales its inputs and `ia3` [B, features] its outputs.
+  """
 
   features: int
   axes: tuple[str, str]
   dtype: DType = jnp.float32
   kernel_init: Initializer = FAN_IN
   out_dtype: DType | None = None
+  use_bias: bool = False
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     kernel = partitioning.param_with_axes(
         'kernel', self.kernel_init, (x.shape[-1], self.features), jnp.float32, axes=self.axes)
-    return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype),
-                   preferred_element_type=self.out_dtype)
+    x = x.astype(self.dtype)
+    if (scale := self._change('ia3_in')) is not None:
+      x *= scale[:, None]
+    product = jnp.dot(x, kernel.astype(self.dtype), preferred_element_type=self.out_dtype)
+    if (thin := self._change('lora_a')) is not None:
+      product += (x @ thin @ self._change('lora_b')).astype(product.dtype)
+    if (scale := self._change('ia3')) is not None:
+      product *= scale[:, None].astype(product.dtype)
+    if not self.use_bias:
+      return product
+    bias = partitioning.param_with_axes(
+        'bias', nn.initializers.zeros, (self.features,), jnp.float32, axes=self.axes[-1:])
+    return product + bias.astype(product.dtype)
+
+  def _change(self, name: str) -> Array | None:
+    change = self.get_variable('changes', name)
+    return None if change is None else change.astype(self.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -98,6 +122,24 @@ class LayerNorm(nn.Module):
     return (x * scale).astype(self.dtype)
 
 
+class CentredLayerNorm(nn.Module):
+  """The layer norm of Ba et al. (2016): mean 0, variance 1, then scale and bias (epsilon 1e-5)."""
+
+  dtype: DType = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """x: [..., D] -> [..., D]; mean and variance are taken in float32."""
+    scale, bias = (partitioning.param_with_axes(name, init, (x.shape[-1],), jnp.float32,
+                                                axes=('embed',))
+                   for name, init in (('scale', nn.initializers.ones),
+                                      ('bias', nn.initializers.zeros)))
+    x = x.astype(jnp.float32)
+    x -= jnp.mean(x, axis=-1, keepdims=True)
+    x *= jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-5)
+    return (x * scale + bias).astype(self.dtype)
+
+
 class MlpBlock(nn.Module):
   """Feed-forward block; with several activations their outputs are multiplied (gated units)."""
 
@@ -105,15 +147,17 @@ class MlpBlock(nn.Module):
   activations: Sequence[str]
   dropout_rate: float
   dtype: DType = jnp.float32
+  use_bias: bool = False
 
   @nn.compact
   def __call__(self, x: Array, deterministic: bool) -> Array:
     """x: [B, T, D] -> [B, T, D]."""
+    dense = functools.partial(Dense, dtype=self.dtype, use_bias=self.use_bias)
     hidden = None
     for i, name in enumerate(self.activations):
       wi = 'wi' if len(self.activations) == 1 else f'wi_{i}'
-      part = ACTIVATIONS[name](Dense(self.mlp_dim, ('embed', 'mlp'), self.dtype, name=wi)(x))
+      part = ACTIVATIONS[name](dense(self.mlp_dim, ('embed', 'mlp'), name=wi)(x))
       hidden = part if hidden is None else hidden * part
     hidden = dropout(self.dropout_rate)(hidden, deterministic=deterministic)
     hidden = partitioning.with_sharding_constraint(hidden, ('batch', 'length', 'mlp'))
-    return Dense(x.shape[-1], ('mlp', 'embed'), self.dtype, name='wo')(hidden)
+    return dense(x.shape[-1], ('mlp', 'embed'), name='wo')(hidden)

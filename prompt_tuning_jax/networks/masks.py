@@ -1,5 +1,6 @@
 """Which query may attend to which key. Masks are boolean, True where attention is allowed."""
 
+import jax
 import jax.numpy as jnp
 
 from prompt_tuning_jax.types import Array
@@ -18,6 +19,19 @@ def same_segment(query_segments: Array, key_segments: Array) -> Array:
 def causal(query_positions: Array, key_positions: Array) -> Array:
   """Keys not after the query: [T] int, [S] int -> [1, 1, T, S] bool."""
   return (key_positions[None, :] <= query_positions[:, None])[None, None]
+
+
+def positions(live: Array, segments: Array | None = None) -> Array:
+  """How many live tokens of its text stand before each token; 0 for what is not live.
+
+  Texts of one row stand one after another: [B, T] bool, [B, T] int -> [B, T] int32.
+  """
+  count = jnp.cumsum(live, axis=-1, dtype=jnp.int32)
+  before = 0
+  if segments is not None:
+    starts = jnp.diff(segments, axis=-1, prepend=-1) != 0
+    before = jax.lax.cummax(jnp.where(starts, count - live, 0), axis=1)
+  return jnp.where(live, count - 1 - before, 0)
 
 
 def combine(*masks: Array | None) -> Array | None:

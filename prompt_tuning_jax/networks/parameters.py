@@ -13,11 +13,14 @@ import jax.numpy as jnp
 from flax.linen import partitioning
 
 from prompt_tuning_jax import param_paths
-from prompt_tuning_jax.networks import t5
+from prompt_tuning_jax.networks import gpt, t5
 
 # Between them, networks of one layer that have every parameter that any network has.
-_SMALLEST = tuple(t5.T5Config(8, 2, 1, 1, 1, 2, 2, mlp_activations=activations)
-                  for activations in (('gelu', 'linear'), ('relu',)))
+_SMALLEST = (
+    t5.T5Config(8, 2, 1, 1, 1, 2, 2),
+    t5.T5Config(8, 2, 1, 1, 1, 2, 2, mlp_activations=('relu',)),
+    gpt.GPTConfig(8, 2, 1, 1, 2, 2, max_positions=4, use_bias=True),
+    gpt.GPTConfig(8, 2, 1, 1, 2, 2, mlp_activations=('relu',), max_positions=4, use_bias=True))
 
 
 @dataclasses.dataclass(frozen=True)

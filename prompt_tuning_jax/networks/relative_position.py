@@ -17,10 +17,10 @@ def bucket(relative_position: Array, *, bidirectional: bool, num_buckets: int,
   the buckets on keys after the query.
 
   Args:
-    relative_position: [T, S] int32, in tokens.
+    relative_position: [..., T, S] int32, in tokens.
 
   Returns:
-    [T, S] int32 in [0, num_buckets).
+    [..., T, S] int32 in [0, num_buckets).
   """
   offset = jnp.zeros_like(relative_position)
   if bidirectional:
@@ -48,11 +48,14 @@ class RelativePositionBias(nn.Module):
 
   @nn.compact
   def __call__(self, query_positions: Array, key_positions: Array) -> Array:
-    """query_positions: [T] int, key_positions: [S] int -> bias [1, N, T, S]."""
+    """Positions of all rows, [T] and [S] int -> bias [1, N, T, S]; of each row, [B, T] and [B, S]
+    int -> [B, N, T, S]."""
     table = partitioning.param_with_axes(
         'rel_embedding', nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
         (self.num_heads, self.num_buckets), jnp.float32, axes=('heads', 'relpos_buckets'))
     buckets = bucket(
-        key_positions[None, :] - query_positions[:, None], bidirectional=self.bidirectional,
-        num_buckets=self.num_buckets, max_distance=self.max_distance)
-    return jnp.take(table.astype(self.dtype), buckets, axis=1)[None]
+        key_positions[..., None, :] - query_positions[..., :, None],
+        bidirectional=self.bidirectional, num_buckets=self.num_buckets,
+        max_distance=self.max_distance)
+    bias = jnp.take(table.astype(self.dtype), buckets, axis=1)
+    return bias[None] if bias.ndim == 3 else bias.swapaxes(0, 1)

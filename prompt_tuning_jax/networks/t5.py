@@ -11,12 +11,14 @@ import jax.numpy as jnp
 from flax.linen import partitioning
 
 from prompt_tuning_jax.networks import layers, masks
+from prompt_tuning_jax.networks.adapters import Adapters
 from prompt_tuning_jax.networks.attention import MultiHeadAttention
 from prompt_tuning_jax.networks.prefix import LayerPrefix, Prefix
 from prompt_tuning_jax.networks.relative_position import RelativePositionBias
 from prompt_tuning_jax.types import Array
 
 NO_PREFIX = Prefix()
+NO_ADAPTERS = Adapters()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +53,26 @@ class T5Config:
     if self.dtype not in ('float32', 'bfloat16'):
       raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}.")
 
+  max_positions = None  # Positions are relative: texts may be of any length.
   # Where the embedding table is, and the modules that make each place's keys and values.
   embedding = 'token_embedder/embedding'
   attention_modules = {'encoder': ('encoder', 'attention'),
                        'decoder': ('decoder', 'self_attention'),
                        'cross': ('decoder', 'encoder_decoder_attention')}
+  prompted_stack = 'encoder'  # the module whose `layers_…` the inputs go through
 
   @property
   def attentions(self) -> dict[str, int]:
     """How many attentions of each place (`networks.prefix`) there are."""
     return {'encoder': self.num_encoder_layers, 'decoder': self.num_decoder_layers,
             'cross': self.num_decoder_layers}
+
+  @property
+  def sublayers(self) -> dict[str, int]:
+    """How many sub-layers of each place (`networks.adapters`) there are."""
+    return {'encoder_attention': self.num_encoder_layers, 'encoder_mlp': self.num_encoder_layers,
+            'decoder_attention': self.num_decoder_layers,
+            'cross_attention': self.num_decoder_layers, 'decoder_mlp': self.num_decoder_layers}
 
   @property
   def prompted_layers(self) -> int:
@@ -95,18 +106,20 @@ def _position_bias(cfg: T5Config, bidirectional: bool) -> RelativePositionBias:
 
 class EncoderLayer(nn.Module):
   config: T5Config
+  layer: int
 
   @nn.compact
   def __call__(self, x: Array, bias: Array, mask: Array, deterministic: bool,
-               prefix: LayerPrefix | None = None) -> Array:
+               prefix: LayerPrefix | None = None, adapters: Adapters = NO_ADAPTERS) -> Array:
     """x: [B, T, D], bias: [1, N, T, T], mask: [B, 1, T, T] -> [B, T, D]."""
     cfg = self.config
     drop = functools.partial(layers.dropout(cfg.dropout_rate), deterministic=deterministic)
     y = _norm(cfg, 'pre_attention_layer_norm')(x)
-    x += drop(_attention(cfg, 'attention')(y, y, bias, mask, deterministic=deterministic,
-                                         prefix=prefix))
+    y = drop(_attention(cfg, 'attention')(y, y, bias, mask, deterministic=deterministic,
+                                          prefix=prefix))
+    x += adapters.at('encoder_attention', self.layer)(y)
     y = _norm(cfg, 'pre_mlp_layer_norm')(x)
-    x += drop(_mlp(cfg)(y, deterministic))
+    x += adapters.at('encoder_mlp', self.layer)(drop(_mlp(cfg)(y, deterministic)))
     return partitioning.with_sharding_constraint(x, ('batch', 'length', 'embed'))
 
 
@@ -116,7 +129,8 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: Array, mask: Array, deterministic: bool,
-               virtual_embeddings: Array | None = None, prefix: Prefix = NO_PREFIX) -> Array:
+               virtual_embeddings: Array | None = None, prefix: Prefix = NO_PREFIX,
+               adapters: Adapters = NO_ADAPTERS) -> Array:
     """tokens: [B, T], mask: [B, 1, T, T] -> [B, T, D]."""
     cfg = self.config
     x = self.token_embedder(tokens, virtual_embeddings)
@@ -126,33 +140,37 @@ class Encoder(nn.Module):
     for i in range(cfg.num_encoder_layers):
       if i:
         x = self.token_embedder.virtual(x, tokens, virtual_embeddings, i)
-      x = EncoderLayer(cfg, name=f'layers_{i}')(x, bias, mask, deterministic,
-                                                prefix.at('encoder', i))
+      x = EncoderLayer(cfg, i, name=f'layers_{i}')(x, bias, mask, deterministic,
+                                                   prefix.at('encoder', i), adapters)
     x = _norm(cfg, 'encoder_norm')(x)
     return layers.dropout(cfg.dropout_rate, broadcast=False)(x, deterministic=deterministic)
 
 
 class DecoderLayer(nn.Module):
   config: T5Config
+  layer: int
 
   @nn.compact
   def __call__(self, x: Array, encoded: Array, bias: Array, self_mask: Array | None,
                cross_mask: Array | None, deterministic: bool, cache_index: Array | None = None,
                cache_length: int | None = None, self_prefix: LayerPrefix | None = None,
-               cross_prefix: LayerPrefix | None = None) -> Array:
+               cross_prefix: LayerPrefix | None = None,
+               adapters: Adapters = NO_ADAPTERS) -> Array:
     """x: [B, S, D], encoded: [B, T, D] -> [B, S, D]."""
     cfg = self.config
     drop = functools.partial(layers.dropout(cfg.dropout_rate), deterministic=deterministic)
     y = _norm(cfg, 'pre_self_attention_layer_norm')(x)
-    x += drop(_attention(cfg, 'self_attention')(
+    y = drop(_attention(cfg, 'self_attention')(
         y, y, bias, self_mask, deterministic=deterministic, cache_index=cache_index,
         cache_length=cache_length, prefix=self_prefix))
+    x += adapters.at('decoder_attention', self.layer)(y)
     y = _norm(cfg, 'pre_cross_attention_layer_norm')(x)
-    x += drop(_attention(cfg, 'encoder_decoder_attention')(
+    y = drop(_attention(cfg, 'encoder_decoder_attention')(
         y, encoded, None, cross_mask, deterministic=deterministic, cross=True,
         prefix=cross_prefix))
+    x += adapters.at('cross_attention', self.layer)(y)
     y = _norm(cfg, 'pre_mlp_layer_norm')(x)
-    x += drop(_mlp(cfg)(y, deterministic))
+    x += adapters.at('decoder_mlp', self.layer)(drop(_mlp(cfg)(y, deterministic)))
     return partitioning.with_sharding_constraint(x, ('batch', 'length', 'embed'))
 
 
@@ -163,7 +181,8 @@ class Decoder(nn.Module):
   @nn.compact
   def __call__(self, x: Array, encoded: Array, self_mask: Array | None, cross_mask: Array | None,
                deterministic: bool, decode: bool = False,
-               max_decode_length: int | None = None, prefix: Prefix = NO_PREFIX) -> Array:
+               max_decode_length: int | None = None, prefix: Prefix = NO_PREFIX,
+               adapters: Adapters = NO_ADAPTERS) -> Array:
     """Embedded targets x: [B, S, D], encoded: [B, T, D] -> logits [B, S, V] float32.
 
     With `decode`, the first call makes an empty cache of max_decode_length (default S) positions;
@@ -184,9 +203,9 @@ class Decoder(nn.Module):
     bias = _position_bias(cfg, bidirectional=False)(query_positions, key_positions)
     x = layers.dropout(cfg.dropout_rate)(x, deterministic=deterministic)
     for i in range(cfg.num_decoder_layers):
-      x = DecoderLayer(cfg, name=f'layers_{i}')(
+      x = DecoderLayer(cfg, i, name=f'layers_{i}')(
           x, encoded, bias, self_mask, cross_mask, deterministic, index, length,
-          prefix.at('decoder', i), prefix.at('cross', i))
+          prefix.at('decoder', i), prefix.at('cross', i), adapters)
     x = _norm(cfg, 'decoder_norm')(x)
     x = layers.dropout(cfg.dropout_rate)(x, deterministic=deterministic)
     if cfg.logits_via_embedding:
@@ -196,13 +215,13 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-  """T5, with the methods of T5X's networks and one keyword argument more.
+  """T5, with the methods of T5X's networks and three keyword arguments more.
 
   `virtual_embeddings` [R, D] are rows behind the embedding table: token id V + r embeds as row r,
   in the encoder's tokens and in the decoder's. Rows of every encoder layer, [L, R, D], take the
-  place of what the layer below made at these tokens. Token id 0 is padding. In packed batches
-  attention stays within equal segment ids; positions are relative, so position arguments change
-  nothing.
+  place of what the layer below made at these tokens. `prefix` stands before the keys of attentions,
+  `adapters` behind sub-layers. Token id 0 is padding. In packed batches attention stays within
+  equal segment ids; positions are relative, so position arguments change nothing.
   """
 
   config: T5Config
@@ -216,21 +235,24 @@ class Transformer(nn.Module):
 
   def encode(self, encoder_input_tokens: Array, encoder_segment_ids: Array | None = None,
              encoder_positions: Array | None = None, enable_dropout: bool = True, *,
-             virtual_embeddings: Array | None = None, prefix: Prefix = NO_PREFIX) -> Array:
+             virtual_embeddings: Array | None = None, prefix: Prefix = NO_PREFIX,
+             adapters: Adapters = NO_ADAPTERS) -> Array:
     """encoder_input_tokens: [B, T] int32 -> [B, T, D]."""
     del encoder_positions
     live = encoder_input_tokens > 0
     mask = masks.pairwise(live, live)
     if encoder_segment_ids is not None:
       mask &= masks.same_segment(encoder_segment_ids, encoder_segment_ids)
-    return self.encoder(encoder_input_tokens, mask, not enable_dropout, virtual_embeddings, prefix)
+    return self.encoder(encoder_input_tokens, mask, not enable_dropout, virtual_embeddings, prefix,
+                        adapters)
 
   def decode(self, encoded: Array, encoder_input_tokens: Array, decoder_input_tokens: Array,
              decoder_target_tokens: Array, encoder_segment_ids: Array | None = None,
              decoder_segment_ids: Array | None = None, decoder_positions: Array | None = None,
              enable_dropout: bool = True, decode: bool = False,
              max_decode_length: int | None = None, *,
-             virtual_embeddings: Array | None = None, prefix: Prefix = NO_PREFIX) -> Array:
+             virtual_embeddings: Array | None = None, prefix: Prefix = NO_PREFIX,
+             adapters: Adapters = NO_ADAPTERS) -> Array:
     """encoded: [B, T, D], the tokens: [B, T] and [B, S] int32 -> logits [B, S, V] float32.
 
     With `decode` the variables need a mutable `cache` (see `Decoder`), and masks come from it.
@@ -256,17 +278,19 @@ class Transformer(nn.Module):
         cross_mask &= masks.same_segment(decoder_segment_ids, encoder_segment_ids)
     embedded = self.token_embedder(decoder_input_tokens, virtual_embeddings)
     return self.decoder(embedded, encoded, self_mask, cross_mask, not enable_dropout, decode,
-                        max_decode_length, prefix)
+                        max_decode_length, prefix, adapters)
 
   def __call__(self, encoder_input_tokens: Array, decoder_input_tokens: Array,
                decoder_target_tokens: Array, encoder_segment_ids: Array | None = None,
                decoder_segment_ids: Array | None = None, encoder_positions: Array | None = None,
                decoder_positions: Array | None = None, enable_dropout: bool = True,
                decode: bool = False, *, virtual_embeddings: Array | None = None,
-               prefix: Prefix = NO_PREFIX) -> Array:
+               prefix: Prefix = NO_PREFIX, adapters: Adapters = NO_ADAPTERS) -> Array:
     """Tokens [B, T] and [B, S] int32 -> logits [B, S, V] float32 (teacher forcing)."""
     encoded = self.encode(encoder_input_tokens, encoder_segment_ids, encoder_positions,
-                          enable_dropout, virtual_embeddings=virtual_embeddings, prefix=prefix)
+                          enable_dropout, virtual_embeddings=virtual_embeddings, prefix=prefix,
+                          adapters=adapters)
     return self.decode(encoded, encoder_input_tokens, decoder_input_tokens, decoder_target_tokens,
                        encoder_segment_ids, decoder_segment_ids, decoder_positions, enable_dropout,
-                       decode, virtual_embeddings=virtual_embeddings, prefix=prefix)
+                       decode, virtual_embeddings=virtual_embeddings, prefix=prefix,
+                       adapters=adapters)

@@ -15,8 +15,11 @@ class VirtualTokens:
   that stand before this one in a bank. `placement` is one of
     before       prompt, text
     after_first  first token, prompt, rest of the text (after [CLS], say)
-    infix        first half of the text, prompt, second half (Li & Liang 2021, section 7.3)
+    infix        first half of the text, prompt, second half
     end          text with its end-of-sequence token, prompt
+
+  Li & Liang (2021, section 7.3) call infix what stands between an input and its target. With an
+  encoder for the input that is `end`.
   """
 
   num_embeddings: int

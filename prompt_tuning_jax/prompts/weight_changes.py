@@ -9,7 +9,7 @@ The network is as it was: it is given other kernels. Whatever else a tree of tra
 (`prompt/…`, `prefix/…`) stands beside the network's own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -39,6 +39,40 @@ def combined(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> PyTree:
         raise ValueError(f'{kind} changes {path}, which the base does not have.')
       leaves[path] = _changed(kind, path, leaves[path], of)
   return param_paths.merge(param_paths.unflatten(leaves), param_paths.unflatten(beside))
+
+
+def per_example(changes: Sequence[Mapping[str, Any]], rows: Array) -> PyTree:
+  """The collection `changes` that gives every example of a batch its own change of the kernels.
+
+  Args:
+    changes: K trees of trained leaves; what one of them does not change, or {}, stays the base's.
+    rows: [B] int, which of them each example has.
+
+  Returns:
+    What `model.apply({'params': frozen, 'changes': …})` takes beside the frozen leaves.
+
+  Raises:
+    ValueError: a leaf is none of such a change (a prompt, say): it has ways of its own to mix.
+  """
+  flat = [param_paths.flatten(tree) for tree in changes]
+  collection = {}
+  for path in sorted(set().union(*flat)):
+    kind, _, rest = path.partition('/')
+    module, kernel, name = rest.partition('/kernel')
+    if kind not in KINDS or not kernel:
+      raise ValueError(f'{path} does not change a kernel, so it is no per-example change of one.')
+    given = [tree.get(path) for tree in flat]
+    shapes = [leaf.shape for leaf in given if leaf is not None]
+    shape = tuple(max(sizes) for sizes in zip(*shapes, strict=True))  # Ranks may differ.
+    neutral = jnp.zeros(shape) if kind == 'lora' else jnp.ones(shape)
+    stacked = jnp.stack([neutral if leaf is None else _padded(leaf, shape) for leaf in given])
+    collection[f'{module}/{kind}{name.replace("/", "_")}'] = stacked[rows]
+  return param_paths.unflatten(collection)
+
+
+def _padded(leaf: Array, shape: tuple[int, ...]) -> Array:
+  """A LoRA of a lower rank is one of a higher, with zeros."""
+  return jnp.pad(leaf, [(0, size - own) for size, own in zip(shape, leaf.shape, strict=True)])
 
 
 def _changed(kind: str, path: str, kernel: Array, of: Mapping[str, Array]) -> Array:

@@ -3,7 +3,8 @@
 import dataclasses
 import difflib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -42,14 +43,20 @@ def check_labelled(cache: TokenCache) -> None:
                      'with `infer`.')
 
 
-def evaluator(predictor: Predictor, caches: Sequence[TokenCache], metric: str | None = None,
-              max_examples: int | None = None,
+def labels_of(rows: Sequence[Mapping[str, Any]]) -> list[str] | None:
+  """The possible answers that all rows of a cache share; None where they do not."""
+  kinds = {tuple(row.get('choices') or ()) for row in rows}
+  return list(kinds.pop()) or None if len(kinds) == 1 else None
+
+
+def evaluator(predictors: Sequence[Predictor], caches: Sequence[TokenCache],
+              metric: str | None = None, max_examples: int | None = None,
               rank_labels: bool = True) -> 'Evaluator | MixtureEvaluator | None':
   """The evaluation of one task, or of each of several; None where there is nothing to evaluate."""
   if not caches:
     return None
   made = [Evaluator(predictor, cache, None if len(caches) > 1 else metric, max_examples,
-                    rank_labels) for cache in caches]
+                    rank_labels) for predictor, cache in zip(predictors, caches, strict=True)]
   return made[0] if len(made) == 1 else MixtureEvaluator(made, metric)
 
 
@@ -84,8 +91,7 @@ class Evaluator:
   @property
   def labels(self) -> list[str] | None:
     """The answers of a task whose examples all have the same; None for any other."""
-    kinds = {tuple(row.get('choices') or ()) for row in self._rows}
-    return list(kinds.pop()) or None if len(kinds) == 1 else None
+    return labels_of(self._rows)
 
   def majority(self) -> dict[str, float]:
     """The metrics of always giving the most frequent answer; {} where there are no labels."""

@@ -1,4 +1,5 @@
-"""Lightweight fine-tuning: small changes of frozen weights, or few of the weights themselves."""
+"""Lightweight fine-tuning: small changes of frozen weights, small networks between them, or few of
+the weights themselves."""
 
 import dataclasses
 import pathlib
@@ -11,7 +12,10 @@ import jax.numpy as jnp
 from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.checkpoints import prompt_file
 from prompt_tuning_jax.checkpoints.base_checkpoint import Base
-from prompt_tuning_jax.training.methods import bare_network, no_virtual_tokens
+from prompt_tuning_jax.networks import layers
+from prompt_tuning_jax.prompted_model import PromptedModel
+from prompt_tuning_jax.prompts.adapters import BottleneckAdapters, num_layers
+from prompt_tuning_jax.training.methods import any_data, bare_network, no_virtual_tokens
 from prompt_tuning_jax.types import Array, PyTree
 
 
@@ -36,7 +40,7 @@ class Lora:
     if type(self.rank) is not int or self.rank < 1:
       raise ValueError(f'rank must be a whole number from 1, got {self.rank!r}.')
 
-  model, virtual_tokens = bare_network, no_virtual_tokens
+  for_data, model, virtual_tokens = any_data, bare_network, no_virtual_tokens
 
   def initial(self, key: Array, base: Base, vocabulary: Any) -> PyTree:
     """a is random and b is 0: training starts from the base model."""
@@ -67,7 +71,7 @@ class Ia3:
 
   trainable = ('ia3/.*', 'ia3_in/.*')
 
-  model, virtual_tokens = bare_network, no_virtual_tokens
+  for_data, model, virtual_tokens = any_data, bare_network, no_virtual_tokens
 
   def initial(self, key: Array, base: Base, vocabulary: Any) -> PyTree:
     """Ones: training starts from the base model."""
@@ -83,6 +87,55 @@ class Ia3:
 
 
 @dataclasses.dataclass(frozen=True)
+class Adapters:
+  """Small networks behind the sub-layers of a frozen network (Houlsby et al. 2019).
+
+  The paper also trains the layer norms, and a head that a text-to-text network has no need of;
+  here the base stays as it is.
+
+  Args:
+    width: r, the bottleneck.
+    places: behind which sub-layers, such as ('encoder_mlp', 'decoder_mlp'); None is all that the
+      network has.
+    activation: a name among `networks.layers.ACTIVATIONS`.
+  """
+
+  width: int = 64
+  places: Sequence[str] | None = None
+  activation: str = 'gelu'
+
+  trainable = ('adapter/.*',)
+
+  def __post_init__(self):
+    if type(self.width) is not int or self.width < 1:
+      raise ValueError(f'width must be a whole number from 1, got {self.width!r}.')
+    if isinstance(self.places, str) or self.places is not None and not self.places:
+      raise ValueError('places must be a list of sub-layers such as ("encoder_mlp",), or None for '
+                       f'all, got {self.places!r}.')
+    if self.activation not in layers.ACTIVATIONS:
+      raise ValueError(f'activation must be one of {tuple(layers.ACTIVATIONS)}, got '
+                       f'{self.activation!r}.')
+
+  def model(self, config: Any) -> PromptedModel:
+    """The network with this method's modules around it."""
+    return PromptedModel(config.network(), adapter=self._module(config))
+
+  for_data, virtual_tokens = any_data, no_virtual_tokens
+
+  def initial(self, key: Array, base: Base, vocabulary: Any) -> PyTree:
+    """The last kernel of each is 0: training starts from the base model."""
+    return {'adapter': self._module(base.config).init(key)['params']}
+
+  def save(self, path: pathlib.Path, trained: PyTree, base: Base, about: Mapping[str, Any]):
+    """Writes the adapters as `path`.safetensors."""
+    _save(path, trained, base, 'adapters', about, activation=self.activation)
+
+  def _module(self, config: Any) -> BottleneckAdapters:
+    return BottleneckAdapters(self.width, config.emb_dim, num_layers(config, self.places),
+                              self.activation)
+
+
+@dataclasses.dataclass(frozen=True)
 class PartTuning:
   """Some of the base's own weights train, and only they are kept.
 
@@ -92,7 +145,7 @@ class PartTuning:
 
   trainable: Sequence[str] = (r'.*/scale',)
 
-  model, virtual_tokens = bare_network, no_virtual_tokens
+  for_data, model, virtual_tokens = any_data, bare_network, no_virtual_tokens
 
   def initial(self, key: Array, base: Base, vocabulary: Any) -> PyTree:
     """Adds nothing."""
@@ -109,7 +162,8 @@ def _kernel_shape(path: str, kernel: Array) -> tuple[int, int]:
   return kernel.shape
 
 
-def _save(path: pathlib.Path, trained: PyTree, base: Base, method: str, about: Mapping[str, Any]):
-  metadata = prompt_file.describe(base, method=method, **about)
+def _save(path: pathlib.Path, trained: PyTree, base: Base, method: str, about: Mapping[str, Any],
+          **more: Any):
+  metadata = {**prompt_file.describe(base, method=method, **about), **more}
   prompt_file.save(path.with_suffix('.safetensors'), prompt_file.PromptFile(
       param_paths.flatten(jax.device_get(trained)), metadata))

@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,7 +28,7 @@ class Diverged(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """When things happen, in steps; 0 turns a thing off.
+  """When things happen, in steps; 0 turns a thing off. No steps evaluate what there is.
 
   Training stops early once `patience` evaluations in a row have not been better than the best.
   """
@@ -54,6 +55,8 @@ class Records:
   last_value: float | None = None
   last_step: int = 0
   evaluations_since_best: int = 0
+  seconds: float = 0.0  # of training, compilation and evaluation, all restarts together
+  best_seconds: float = 0.0
 
   def add(self, evaluation: Evaluation, step: int) -> bool:
     """Takes an evaluation; True if it is the best so far."""
@@ -61,6 +64,7 @@ class Records:
     self.last_value, self.last_step = evaluation.value, step
     if np.isfinite(rank) and (self.best_rank is None or rank > self.best_rank):
       self.best_rank, self.best_value, self.best_step = rank, evaluation.value, step
+      self.best_seconds = self.seconds
       self.evaluations_since_best = 0
       return True
     self.evaluations_since_best += 1
@@ -83,6 +87,19 @@ def train(state: TrainState, frozen: PyTree, batches: Iterator[Batch], train_ste
   """
   pending: list[dict[str, jax.Array]] = []
   step = int(state.step)
+  began = time.monotonic() - records.seconds
+
+  def measure() -> None:
+    _check_divergence(state, save)
+    evaluation = evaluate(state.trainable)
+    records.seconds = time.monotonic() - began
+    best = records.add(evaluation, step)
+    progress.report_evaluation(step, task, evaluation.values, best)
+    if best:
+      save('best', state.trainable)
+
+  if evaluate and not schedule.train_steps:
+    measure()
   with _stop_requested() as stop:
     while step < schedule.train_steps and not stop.is_set():
       if schedule.patience and records.evaluations_since_best >= schedule.patience:
@@ -99,16 +116,13 @@ def train(state: TrainState, frozen: PyTree, batches: Iterator[Batch], train_ste
         progress.report_training(step, task, _mean(pending), per_batch)
         pending.clear()
       if evaluate and (last or _due(step, schedule.eval_period)):
-        _check_divergence(state, save)
-        evaluation = evaluate(state.trainable)
-        best = records.add(evaluation, step)
-        progress.report_evaluation(step, task, evaluation.values, best)
-        if best:
-          save('best', state.trainable)
+        measure()
       if _due(step, schedule.save_period):
+        records.seconds = time.monotonic() - began
         _save_all(state, states, records, save)
     if stop.is_set():
       logger.warning('Stopping at step %d as a signal asked; the same command resumes there.', step)
+    records.seconds = time.monotonic() - began
     _save_all(state, states, records, save)
     states.wait()
   return state

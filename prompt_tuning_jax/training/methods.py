@@ -2,29 +2,41 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.checkpoints import hf_safetensors, prompt_file
 from prompt_tuning_jax.checkpoints.base_checkpoint import Base
+from prompt_tuning_jax.data.token_cache import TokenCache
 from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts import initializers
-from prompt_tuning_jax.prompts.soft_prompt import SoftPrompt
+from prompt_tuning_jax.prompts.soft_prompt import LayeredPrompt, SoftPrompt
 from prompt_tuning_jax.prompts.virtual_tokens import VirtualTokens
-from prompt_tuning_jax.types import PyTree
+from prompt_tuning_jax.types import Array, PyTree
 
 
 def prompt_from_file(path: str) -> initializers.FromArray:
   """The initializer that starts from a trained prompt: a prompt file, or a .npy array [P, D]."""
-  return initializers.FromArray(prompt_file.load(path).params[prompt_file.EMBEDDING])
+  params = prompt_file.load(path).params
+  if prompt_file.EMBEDDING not in params:
+    raise ValueError(f'{path} holds no prompt to start from: expected {prompt_file.EMBEDDING}, got '
+                     f'{", ".join(params)}.')
+  return initializers.FromArray(params[prompt_file.EMBEDDING])
 
 
 def bare_network(method: Any, config: Any) -> PromptedModel:
   """The `model` of a method that puts no modules around the network."""
   return PromptedModel(config.network())
+
+
+def any_data(method: Any, caches: Sequence[TokenCache], base: Base, vocabulary: Any) -> Any:
+  """The `for_data` of a method that takes nothing from the training data."""
+  return method
 
 
 def no_virtual_tokens(method: Any, num_embeddings: int) -> None:
@@ -40,6 +52,8 @@ class PromptTuning:
   initializer: Callable = initializers.SampledVocabulary()
 
   trainable = ('prompt/.*',)
+
+  for_data = any_data
 
   def model(self, config: Any) -> PromptedModel:
     """The network with this method's modules around it."""
@@ -61,12 +75,68 @@ class PromptTuning:
 
 
 @dataclasses.dataclass(frozen=True)
+class DeepPrompt:
+  """A prompt with rows of its own for every layer (Liu et al. 2022, "P-Tuning v2", section 3.2).
+
+  The first layer starts as the prompt that `initializer` makes, every other one from the hidden
+  states that the frozen base has for that prompt alone. Training so starts near the soft prompt of
+  the same rows: hidden states grow from layer to layer, and rows of the embedding table would be
+  of another size than all that a deep layer reads. In a network that looks to the left alone, a
+  prompt placed 'before' starts as exactly that soft prompt.
+  """
+
+  length: int = 100
+  placement: str = 'before'
+  initializer: Callable = initializers.SampledVocabulary()
+
+  trainable = ('prompt/.*',)
+
+  for_data = any_data
+
+  def model(self, config: Any) -> PromptedModel:
+    """The network with this method's modules around it."""
+    return PromptedModel(config.network(),
+                         LayeredPrompt(config.prompted_layers, self.length, config.emb_dim))
+
+  def virtual_tokens(self, num_embeddings: int) -> VirtualTokens:
+    """What the data path writes into each input."""
+    return VirtualTokens(num_embeddings, self.length, self.placement)
+
+  def initial(self, key, base: Base, vocabulary: Any) -> PyTree:
+    """The leaves this method adds to the base's tree."""
+    first = self.initializer(key, self.length, base.embedding, vocabulary)
+    return {'prompt': {'deep_embedding': jnp.stack([first, *_hidden_states(first, base)])}}
+
+  def save(self, path: pathlib.Path, trained: PyTree, base: Base, about: Mapping[str, Any]):
+    """Writes the prompt as `path`.safetensors; `about` has its task, labels and metric."""
+    metadata = prompt_file.describe(base, method='deep_prompt', placement=self.placement,
+                                    length=self.length, **about)
+    leaves = param_paths.flatten(jax.device_get(trained))
+    prompt_file.save(path.with_suffix('.safetensors'), prompt_file.PromptFile(leaves, metadata))
+
+
+def _hidden_states(first: Array, base: Base) -> list[Array]:
+  """What each layer but the last makes of a prompt [P, D] that is all of the input: [P, D] float32.
+  """
+  config = base.config
+  tokens = VirtualTokens(config.vocab_size, len(first)).ids[None]
+  _, captured = config.network().apply(
+      {'params': base.params}, tokens, enable_dropout=False, virtual_embeddings=first,
+      method='encode', mutable=['intermediates'],
+      capture_intermediates=lambda module, _: re.fullmatch(r'layers_\d+', module.name or ''))
+  layers = captured['intermediates'][config.prompted_stack]
+  # Where a layer returns more than its output, the output is the first.
+  outputs = [jax.tree.leaves(layers[f'layers_{i}'])[0] for i in range(config.prompted_layers - 1)]
+  return [output[0].astype(jnp.float32) for output in outputs]
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelTuning:
   """All weights train: the baseline of both papers, and how a base is pretrained."""
 
   trainable = ('.*',)
 
-  model, virtual_tokens = bare_network, no_virtual_tokens
+  for_data, model, virtual_tokens = any_data, bare_network, no_virtual_tokens
 
   def initial(self, key, base: Base, vocabulary: Any) -> PyTree:
     """Adds nothing."""

@@ -16,7 +16,7 @@ from prompt_tuning_jax.checkpoints.base_checkpoint import Base
 from prompt_tuning_jax.networks.prefix import PLACES
 from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts.prefix import DirectPrefix, ReparameterizedPrefix, num_layers
-from prompt_tuning_jax.training.methods import no_virtual_tokens
+from prompt_tuning_jax.training.methods import any_data, no_virtual_tokens
 from prompt_tuning_jax.types import Array, PyTree
 
 
@@ -62,25 +62,27 @@ def prefix_from_file(path: str) -> Callable[..., dict[str, np.ndarray]]:
 
 @dataclasses.dataclass(frozen=True)
 class PrefixTuning:
-  """A prefix of `length` positions in the attentions named by `places`.
+  """A prefix of `length` positions before the keys of attentions.
 
   Args:
+    places: which attentions, some of `networks.prefix.PLACES`; None is all that the network has.
     width: of the MLP that makes the prefix while training (512 for table-to-text and 800 for
       summaries in the paper); None trains keys and values directly.
     initializer: (length, base, vocabulary) -> {place: [L, 2, P, N, H]}; None starts at random.
   """
 
   length: int = 10
-  places: Sequence[str] = PLACES
+  places: Sequence[str] | None = None
   width: int | None = 512
   initializer: Callable[..., Mapping[str, np.ndarray]] | None = None
 
   trainable = ('prefix/.*',)
 
   def __post_init__(self):
-    unknown = set(self.places) - set(PLACES)
-    if unknown or not self.places or isinstance(self.places, str):
-      raise ValueError(f'places must be some of {PLACES}, got {self.places!r}.')
+    places = PLACES if self.places is None else self.places
+    if isinstance(places, str) or not places or set(places) - set(PLACES):
+      raise ValueError(f'places must be some of {PLACES}, or None for all that the network has, '
+                       f'got {places!r}.')
     if type(self.length) is not int or self.length < 1 or self.width is not None and self.width < 1:
       raise ValueError('PROMPT_LENGTH and width must be whole numbers from 1 (width may be None), '
                        f'got {self.length!r} and {self.width!r}.')
@@ -89,7 +91,7 @@ class PrefixTuning:
     """The network with this method's modules around it."""
     return PromptedModel(config.network(), prefix=self._module(config))
 
-  virtual_tokens = no_virtual_tokens
+  for_data, virtual_tokens = any_data, no_virtual_tokens
 
   def initial(self, key: Array, base: Base, vocabulary: Any) -> PyTree:
     """The leaves this method adds to the base's tree."""
@@ -98,7 +100,7 @@ class PrefixTuning:
     if self.initializer is None:
       return {'prefix': leaves}
     wanted = {place: np.asarray(array) for place, array in
-              self.initializer(self.length, base, vocabulary).items() if place in self.places}
+              self.initializer(self.length, base, vocabulary).items() if place in leaves}
     shapes = jax.tree.map(jnp.shape, module.apply({'params': leaves}))
     if {place: array.shape for place, array in wanted.items()} != shapes:
       raise ValueError(f'The initial prefix must have the shapes {shapes}, got '

@@ -17,10 +17,13 @@ class Progress:
   """Writes each report to every place at once; a resumed run goes on in the same files.
 
   `first_step` is where this run (re)starts: lines of later steps, left by a killed process, are
-  taken out, so that metrics.jsonl holds every step once.
+  taken out, so that metrics.jsonl holds every step once. `config` is kept as config.gin.
   """
 
-  def __init__(self, folder: pathlib.Path, total_steps: int, first_step: int = 0):
+  def __init__(self, folder: pathlib.Path, total_steps: int, first_step: int = 0,
+               config: str | None = None):
+    if config is not None:
+      (folder / 'config.gin').write_text(config, encoding='utf-8')
     self._path = folder / 'metrics.jsonl'
     self._drop_after(first_step)
     self._lines = self._path.open('a', encoding='utf-8')

@@ -1,18 +1,18 @@
 """One training run, from what gin built to the files in MODEL_DIR."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import pathlib
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from prompt_tuning_jax import param_paths
+from prompt_tuning_jax import param_paths, predictor
 from prompt_tuning_jax.checkpoints import base_checkpoint
 from prompt_tuning_jax.checkpoints.base_checkpoint import Base
 from prompt_tuning_jax.checkpoints.training_state import TrainingStates
@@ -24,7 +24,7 @@ from prompt_tuning_jax.networks.parameters import logical_axes
 from prompt_tuning_jax.partitioning import Partitioner
 from prompt_tuning_jax.predictor import Predictor
 from prompt_tuning_jax.prompts.weight_changes import combined
-from prompt_tuning_jax.training import evaluate, loop
+from prompt_tuning_jax.training import evaluate, loop, report
 from prompt_tuning_jax.training import state as train_state
 from prompt_tuning_jax.training.progress import Progress
 from prompt_tuning_jax.training.step import make_train_step
@@ -43,8 +43,9 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
           batching: Callable = batches.TrainBatches,
           train_subset: Callable[[TokenCache], TokenCache] | None = None,
           eval_subset: Callable[[TokenCache], TokenCache] | None = None,
-          eval_batch_size: int | None = None, max_eval_examples: int | None = None,
-          rank_labels: bool = True, metric: str | None = None, patience: int = 0,
+          num_microbatches: int = 1, eval_batch_size: int | None = None,
+          max_eval_examples: int | None = None, rank_labels: bool = True,
+          metric: str | None = None, patience: int = 0,
           partitioner: Partitioner = Partitioner(), cache_dir: str | None = None,
           config_text: str | None = None) -> dict[str, Any]:
   """Trains, evaluates and saves; resumes where MODEL_DIR left off.
@@ -56,69 +57,78 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
     initial_checkpoint_path: a bundled base's name or a checkpoint folder; None starts `network`
       from random weights (pretraining).
     method: a `training.methods` object: what trains.
+    train_steps: 0 evaluates and saves what training would start from.
     eval_period, save_period, log_period: in steps; 0 is never, but for the last step.
     network, vocabulary (a SentencePiece file): needed where the checkpoint does not bring its own.
     batching: `batches.TrainBatches` (a row an example) or `packing.PackedBatches`.
     train_subset, eval_subset: parts of the splits (`data.subsets`); None is all.
     parameter_dtype: of the frozen base; what trains is float32.
+    num_microbatches: parts that a batch is gone through in, where memory is short.
     rank_labels: the most probable label is the answer; False decodes, as Lester et al. evaluate.
     metric: chooses the best and, after `patience` evaluations without a better one, ends training;
       by default the task's first, or `loss`. config_text: kept as MODEL_DIR/config.gin.
 
-  Returns {'best_value', 'best_step', 'prompt' (path of the best), 'seconds'}; raises ValueError
-  where something that was given does not fit, or the loss diverged.
+  Returns MODEL_DIR/report.json; raises ValueError where what is given does not fit, or on NaN.
   """
-  began = time.monotonic()
-  _check(task_feature_lengths, model_dir, dropout_rate, train_steps=train_steps,
-         batch_size=batch_size)
+  _check(task_feature_lengths, model_dir, dropout_rate, train_steps=(train_steps, 0),
+         batch_size=(batch_size, 1), num_microbatches=(num_microbatches, 1))
   tasks = mixture.as_mixture(task)
   _check_data(tasks)
   base = _base(initial_checkpoint_path, network, vocabulary, parameter_dtype, partitioner, seed)
   words = _vocabulary(base)
-  config = dataclasses.replace(base.config, dropout_rate=dropout_rate, dtype=activation_dtype)
-  model, virtual = method.model(config), method.virtual_tokens(config.vocab_size)
-  trainable, frozen = _split(base, method.initial(jax.random.key(seed), base, words), method)
-  base = dataclasses.replace(base, params=None)  # `frozen` and `trainable` hold all there is
-
   lengths = dict(task_feature_lengths)
   opened = functools.partial(_caches, tasks, words, lengths, cache_dir)
-  source = _source(batching, tasks, opened('train_split', train_subset), batch_size, seed, virtual)
+  caches = opened('train_split', train_subset)
+  method = method.for_data(caches, base, words)
+  config = dataclasses.replace(base.config, dropout_rate=dropout_rate, dtype=activation_dtype)
+  model = method.model(config)
+  virtual = batches.one_each(method.virtual_tokens(config.vocab_size), len(caches))
+  _check_positions(config, caches, virtual)
+  trainable, frozen = _split(base, method.initial(jax.random.key(seed), base, words), method)
+  base = dataclasses.replace(base, params=None)  # `frozen` and `trainable` hold all there is
+  train_steps = train_steps if trainable else 0
+
+  source = _source(batching, tasks, caches, batch_size, seed, virtual)
+  predictor = Predictor(model, words, None, eval_batch_size or 2 * batch_size, lengths['targets'],
+                        partitioner)
   evaluator = evaluate.evaluator(
-      Predictor(model, words, virtual, eval_batch_size or 2 * batch_size, lengths['targets'],
-                partitioner),
-      opened('eval_split', eval_subset) if eval_period else [], metric, max_eval_examples,
-      rank_labels)
+      *_evaluated(predictor, tasks, virtual, opened, eval_subset) if eval_period else ((), ()),
+      metric, max_eval_examples, rank_labels)
   folder = pathlib.Path(model_dir).expanduser()
-  states = TrainingStates(folder / 'checkpoints')
   state = _place(train_state.create(trainable, optimizer), partitioner)
-  state, records = _restore(states, state, {
-      'base': base.fingerprint, 'task': task.name, 'vocabulary': words.sha256, 'lengths': lengths,
-      'batch_size': batch_size, 'seed': seed, 'batching': source.description,
-      'metric': evaluator and evaluator.metric, 'evaluated': evaluator and evaluator.part})
-  if config_text is not None:
-    (folder / 'config.gin').write_text(config_text, encoding='utf-8')
-  progress = Progress(folder, train_steps, int(state.step))
-  feed = Prefetch(lambda step: partitioner.put_batch(source.batch_at(step)), int(state.step))
-  try:
-    loop.train(
-        state, frozen, feed, make_train_step(model, optimizer, seed, z_loss, label_smoothing),
-        evaluate=evaluator and (lambda trained: evaluator(combined(trained, frozen))),
-        save=_saver(method, folder / 'prompts', base, task, evaluator, records), states=states,
-        progress=progress, records=records, task=task.name, per_batch=source.examples_per_batch,
-        schedule=loop.Schedule(train_steps, eval_period, save_period, log_period, patience))
-  finally:
-    feed.close()
-    states.close()
-    progress.close()
+  with contextlib.closing(TrainingStates(folder / 'checkpoints')) as states:
+    state, records = _restore(states, state, {
+        'base': base.fingerprint, 'task': task.name, 'vocabulary': words.sha256,
+        'lengths': lengths, 'batch_size': batch_size, 'seed': seed, 'batching': source.description,
+        'metric': evaluator and evaluator.metric, 'evaluated': evaluator and evaluator.part})
+    progress = Progress(folder, train_steps, int(state.step), config_text)
+    put = lambda step: partitioner.put_batch(source.batch_at(step))
+    with contextlib.closing(progress), contextlib.closing(Prefetch(put, int(state.step))) as feed:
+      state = loop.train(
+          state, frozen, feed,
+          make_train_step(model, optimizer, seed, z_loss, label_smoothing, num_microbatches),
+          evaluate=evaluator and (lambda trained: evaluator(combined(trained, frozen))),
+          save=_saver(method, folder / 'prompts', base, task, evaluator, records), states=states,
+          progress=progress, records=records, task=task.name, per_batch=source.examples_per_batch,
+          schedule=loop.Schedule(train_steps, eval_period, save_period, log_period, patience))
   progress.plot()
-  return _summary(folder, records, evaluator, began)
+  return _report(folder, report.sizes(state, frozen), records, evaluator)
 
 
 def _check_data(tasks: mixture.Mixture) -> None:
   """Missing data is told before a large base is read."""
   for task in tasks.tasks:
+    if not task.train_split:
+      raise ValueError(f'The task {task.name} has no training split.')
     for split in filter(None, (task.train_split, task.eval_split)):
       task.key_parts(split)
+
+
+def _check_positions(config: Any, caches: Sequence[TokenCache], virtual: Sequence[Any]) -> None:
+  """Raises ValueError where an example is too long for a network with learned positions."""
+  for cache, prompt in zip(caches, virtual, strict=True):
+    row = cache.input_lengths + cache.target_lengths + (prompt.length if prompt else 0)
+    predictor.check_positions(config, int(row.max()))
 
 
 def _source(batching: Callable, tasks: mixture.Mixture, caches: list[TokenCache], batch_size: int,
@@ -130,6 +140,14 @@ def _source(batching: Callable, tasks: mixture.Mixture, caches: list[TokenCache]
   return batching(caches, batch_size, seed, virtual, rates=rates)
 
 
+def _evaluated(predictor: Predictor, tasks: mixture.Mixture, virtual: Sequence[Any],
+               opened: Callable, subset: Callable | None) -> tuple[list, list]:
+  """(a predictor with the task's own prompt, its cache) of each task that has what to evaluate."""
+  predictors = [predictor.placing(prompt) for task, prompt
+                in zip(tasks.tasks, virtual, strict=True) if task.eval_split]
+  return predictors, opened('eval_split', subset)
+
+
 def _caches(tasks: mixture.Mixture, words: Vocabulary, lengths: Mapping[str, int],
             cache_dir: str | None, which: str, subset: Callable | None) -> list[TokenCache]:
   """The caches of the tasks' splits, or of parts of them; a task without that split has none."""
@@ -138,7 +156,9 @@ def _caches(tasks: mixture.Mixture, words: Vocabulary, lengths: Mapping[str, int
   return [subset(cache) for cache in caches] if subset else caches
 
 
-def _check(lengths: Mapping[str, int], model_dir: str, dropout_rate: float, **counts: int) -> None:
+def _check(lengths: Mapping[str, int], model_dir: str, dropout_rate: float,
+           **counts: tuple[int, int]) -> None:
+  """`counts` are values by name, each with the least that it may be."""
   if jax.process_count() > 1:
     raise ValueError('Training in several processes is not supported yet: start one, which uses '
                      'all of its devices.')
@@ -148,9 +168,10 @@ def _check(lengths: Mapping[str, int], model_dir: str, dropout_rate: float, **co
       type(length) is int and length > 1 for length in lengths.values()):
     raise ValueError("TASK_FEATURE_LENGTHS should be such as {'inputs': 512, 'targets': 32}, got "
                      f'{lengths!r}.')
-  for name, count in counts.items():
-    if type(count) is not int or count < 1:
-      raise ValueError(f'{name.upper()} should be a whole number of at least 1, got {count!r}.')
+  for name, (count, least) in counts.items():
+    if type(count) is not int or count < least:
+      raise ValueError(f'{name.upper()} should be a whole number of at least {least}, got '
+                       f'{count!r}.')
   if not isinstance(dropout_rate, int | float) or not 0 <= dropout_rate < 1:
     raise ValueError(f'DROPOUT_RATE should be at least 0 and less than 1, got {dropout_rate!r}.')
 
@@ -168,8 +189,8 @@ def _base(path: str | None, network: Any, vocabulary: str | None, dtype: str,
 
 def _vocabulary(base: Base) -> Vocabulary:
   if base.vocabulary is None:
-    raise ValueError(f'The base {base.name!r} brings no vocabulary: give its SentencePiece file '
-                     'with --gin.VOCABULARY=FILE.')
+    raise ValueError(f'The base {base.name!r} brings no vocabulary: give its file with '
+                     '--gin.VOCABULARY=FILE.')
   return Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
 
 
@@ -216,15 +237,25 @@ def _saver(method, folder: pathlib.Path, base: Base, task, evaluator, records: l
   return save
 
 
-def _summary(folder: pathlib.Path, records: loop.Records, evaluator, began: float) -> dict:
+def _report(folder: pathlib.Path, sizes: Mapping[str, Any], records: loop.Records,
+            evaluator) -> dict[str, Any]:
+  """Writes and tells what the run cost and gave; seconds are of all restarts together."""
   prompts = folder / 'prompts'
-  best = sorted(prompts.glob('best*')) or sorted(prompts.glob('last*'))
-  result = {'best_value': records.best_value, 'best_step': records.best_step,
-            'prompt': str(best[0]), 'seconds': time.monotonic() - began}
+  best = (sorted(prompts.glob('best*')) or sorted(prompts.glob('last*')))[0]
+  result = {
+      'prompt': str(best), 'metric': evaluator and evaluator.metric,
+      'best_value': records.best_value, 'best_step': records.best_step,
+      'seconds_to_best': records.best_seconds, 'seconds': records.seconds,
+      'saved_bytes': report.saved_bytes(best), **sizes, **report.peak_memory()}
+  report.write(folder, result)
   if evaluator and records.best_value is not None:
     majority = evaluator.majority().get(evaluator.metric)
     against = '' if majority is None else f' (always the most frequent answer: {majority:.4g})'
-    logger.info('Best %s %.4g at step %d%s.', evaluator.metric, records.best_value,
-                records.best_step, against)
-  logger.info('%.0f s. The trained prompt: %s', result['seconds'], result['prompt'])
+    logger.info('Best %s %.4g at step %d, after %.0f s%s.', evaluator.metric, records.best_value,
+                records.best_step, records.best_seconds, against)
+  logger.info('%s parameters trained (%.5f %%), %s bytes saved, at most %.2f GB in memory (of the '
+              '%s), %.0f s.', f'{sizes["trainable_parameters"]:,}', sizes['trainable_percent'],
+              f'{result["saved_bytes"]:,}', result['peak_bytes'] / 1e9, result['peak_of'],
+              records.seconds)
+  logger.info('The trained prompt: %s', best)
   return result

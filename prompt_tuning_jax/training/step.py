@@ -1,5 +1,6 @@
 """One training step: the gradient of the trainable leaves alone, and their update."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -10,15 +11,19 @@ from prompt_tuning_jax import prompted_model
 from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts import weight_changes
 from prompt_tuning_jax.training.state import TrainState
-from prompt_tuning_jax.types import Batch, PyTree
+from prompt_tuning_jax.types import Array, Batch, PyTree
 
 
 def make_train_step(model: PromptedModel, optimizer: optax.GradientTransformation, seed: int,
-                    z_loss: float = 0.0, label_smoothing: float = 0.0) -> Callable:
+                    z_loss: float = 0.0, label_smoothing: float = 0.0,
+                    num_microbatches: int = 1) -> Callable:
   """A compiled (state, frozen, batch) -> (state, metrics); `state` is donated.
 
   The frozen leaves are an argument, so they are neither differentiated, copied nor baked into the
   program. The dropout key is a function of seed and step, so a resumed run draws the same masks.
+
+  With `num_microbatches` the batch is gone through in so many parts, one after another, so that
+  activations of one part are in memory at a time; the gradient is the whole batch's.
 
   Metrics are [] float32: loss (nats per target token), accuracy (teacher-forced), tokens,
   grad_norm.
@@ -27,11 +32,15 @@ def make_train_step(model: PromptedModel, optimizer: optax.GradientTransformatio
   def train_step(state: TrainState, frozen: PyTree, batch: Batch):
     dropout_key = jax.random.fold_in(jax.random.key(seed), state.step)
 
-    def loss(trainable):
+    def loss(trainable, batch, dropout_key):
       params = weight_changes.combined(trainable, frozen)
       return prompted_model.loss(model, params, batch, dropout_key, z_loss, label_smoothing)
 
-    gradients, metrics = jax.grad(loss, has_aux=True)(state.trainable)
+    gradient = functools.partial(jax.grad(loss, has_aux=True), state.trainable)
+    if num_microbatches == 1:
+      gradients, metrics = gradient(batch, dropout_key)
+    else:
+      gradients, metrics = _accumulated(gradient, batch, dropout_key, num_microbatches)
     norm = optax.global_norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
@@ -48,3 +57,30 @@ def make_train_step(model: PromptedModel, optimizer: optax.GradientTransformatio
     return updated, {**metrics, 'grad_norm': norm}
 
   return jax.jit(train_step, donate_argnums=0)
+
+
+def _accumulated(gradient: Callable, batch: Batch, key: Array, count: int) -> tuple[PyTree, dict]:
+  """`gradient` (batch, key) -> (gradients, metrics) of a batch in `count` parts, summed up.
+
+  Each part has every count-th row, so that all devices work on each. Means per target token are
+  weighted by the tokens of their part.
+  """
+  rows = len(batch['decoder_target_tokens'])
+  if rows % count:
+    raise ValueError(f'BATCH_SIZE must be a multiple of num_microbatches, got {rows} and {count}.')
+  parts = jax.tree.map(
+      lambda x: x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1), dict(batch))
+
+  def add(total, part):
+    gradients, metrics = gradient(*part)
+    weight = metrics.pop('tokens')
+    weighted = jax.tree.map(lambda x: x * weight, (gradients, metrics))
+    return jax.tree.map(jnp.add, total, (*weighted, weight)), None
+
+  keys = jax.random.split(key, count)
+  shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], (parts, keys)))
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  tokens = zeros[1].pop('tokens')
+  (gradients, metrics, tokens), _ = jax.lax.scan(add, (*zeros, tokens), (parts, keys))
+  mean = jax.tree.map(lambda x: x / jnp.maximum(tokens, 1), (gradients, metrics))
+  return mean[0], {**mean[1], 'tokens': tokens}

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 from prompt_tuning_jax import param_paths
-from prompt_tuning_jax.checkpoints import hf_config, hf_safetensors
+from prompt_tuning_jax.checkpoints import hf_config, hf_safetensors, hf_t5
 from prompt_tuning_jax.checkpoints.base_checkpoint import load_base
 from prompt_tuning_jax.checkpoints.hf_config import VocabularyFile
 from prompt_tuning_jax.networks import parameters, t5
@@ -135,7 +135,7 @@ def test_the_safetensors_library_reads_our_files(tmp_path):
   flat = param_paths.flatten(params)
   assert len(tensors) == len(flat)
   for path, leaf in flat.items():
-    tensor = tensors[hf_safetensors.name_of(path)]
+    tensor = tensors[hf_t5.name_of(path)]
     np.testing.assert_array_equal(tensor if tensor.shape == leaf.shape and 'kernel' not in path
                                   else tensor.T, leaf)
 
@@ -276,4 +276,5 @@ def test_vocabulary_travels_with_the_folder(tmp_path):
   assert load_base(tmp_path / 'b').vocabulary is None
   shutil.copy(tmp_path / 'words.model', tmp_path / 'b/spiece.model')
   assert load_base(tmp_path / 'b').vocabulary.extra_ids == 100
-  assert hf_config.find_vocabulary(tmp_path / 'b', 'mt5').extra_ids == 0
+  assert hf_config.find_vocabulary(tmp_path / 'b', hf_t5.MT5.vocabulary_files,
+                                   hf_t5.MT5.extra_ids).extra_ids == 0

@@ -129,3 +129,29 @@ def test_cross_cache_holds_what_the_encoded_input_gives():
   # Once there it is used, and what `inputs_kv` holds no longer matters.
   cached = module.apply({'params': params, **made}, x, np.zeros_like(encoded), cross=True)
   np.testing.assert_allclose(cached, whole, atol=1e-6)
+
+
+def test_a_context_is_more_keys_under_one_softmax():
+  """Biases and masks included."""
+  query, key, value, bias = draw(B, N, T, H), draw(B, N, H, S), draw(B, N, S, H), draw(B, N, T, S)
+  mask = RNG.random((B, 1, T, S)) < 0.6
+  mask[..., 0] = True
+  context = attention.Context(key[..., 4:], value[:, :, 4:], bias[..., 4:], mask[..., 4:])
+  parts = attention.attend(query, key[..., :4], value[:, :, :4], bias[..., :4], mask[..., :4],
+                           context=context)
+  np.testing.assert_allclose(parts, attention.attend(query, key, value, bias, mask), atol=1e-5)
+
+
+def test_biases_and_scaled_logits_are_their_definition():
+  x, y = draw(B, T, D), draw(B, S, D)
+  module = attention.MultiHeadAttention(N, H, dropout_rate=0.0, use_bias=True, scale=True)
+  params = jax.tree.map(lambda leaf: draw(*leaf.shape), module.init(
+      jax.random.key(0), x, x)['params'])
+  affine = lambda name, z: z @ params[name]['kernel'] + params[name]['bias']
+  heads = lambda name, z: affine(name, z).reshape(*z.shape[:2], N, H)
+  logits = np.einsum('btnh,bsnh->bnts', heads('query', x), heads('key', y)) / np.sqrt(H)
+  mixed = np.einsum('bnts,bsnh->btnh', softmax(logits), heads('value', y)).reshape(B, T, N * H)
+  out, (key, value) = module.apply({'params': params}, x, y, method='with_keys_values')
+  np.testing.assert_allclose(out, affine('out', mixed), rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(key.transpose(0, 3, 1, 2), heads('key', y), rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(value.transpose(0, 2, 1, 3), heads('value', y), rtol=1e-4, atol=1e-4)

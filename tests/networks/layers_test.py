@@ -122,3 +122,28 @@ def test_dropout_is_a_function_of_its_key():
   np.testing.assert_array_equal(dropped(0.5, key=3), dropped(0.5, key=3))
   assert np.any(dropped(0.5, key=3)[0] != dropped(0.5, key=4)[0])
   np.testing.assert_array_equal(dropped(0.0, key=3), np.ones((2, 64, 5, 64)))
+
+
+def test_centred_layer_norm_is_that_of_torch_in_float32():
+  torch = pytest.importorskip('torch')
+  x, scale, bias = (5 + 3 * RNG.normal(size=shape).astype(np.float32)
+                    for shape in ((2, 3, 16), (16,), (16,)))
+  params = {'params': {'scale': scale, 'bias': bias}}
+  theirs = torch.nn.functional.layer_norm(torch.tensor(x), (16,), torch.tensor(scale),
+                                          torch.tensor(bias), 1e-5).numpy()
+  np.testing.assert_allclose(layers.CentredLayerNorm().apply(params, x), theirs, rtol=1e-5,
+                             atol=1e-5)
+  rounded = layers.CentredLayerNorm(jnp.bfloat16).apply(params, x)
+  assert rounded.dtype == jnp.bfloat16
+  np.testing.assert_allclose(rounded.astype(np.float32), theirs, rtol=0.01, atol=0.01)
+
+
+def test_a_bias_is_added_and_starts_at_zero():
+  x = RNG.normal(size=(2, 4)).astype(np.float32)
+  module = layers.Dense(3, ('embed', 'mlp'), use_bias=True)
+  params = module.init(jax.random.key(0), x)['params']
+  assert not np.any(params['bias'])
+  params['bias'] = np.array([1, 2, 3], np.float32)
+  np.testing.assert_allclose(module.apply({'params': params}, x),
+                             x @ np.asarray(params['kernel']) + params['bias'], rtol=1e-5,
+                             atol=1e-6)

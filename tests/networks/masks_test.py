@@ -27,3 +27,12 @@ def test_combine():
   np.testing.assert_array_equal(masks.combine(None, a, b), b)
   np.testing.assert_array_equal(masks.combine(a, None), a)
   assert masks.combine(None, None) is None
+
+
+def test_positions_count_live_tokens_from_the_start_of_each_segment():
+  live = np.array([[0, 1, 1, 1, 1, 0], [1, 0, 1, 1, 0, 1]], bool)
+  np.testing.assert_array_equal(masks.positions(live), [[0, 0, 1, 2, 3, 0], [0, 0, 1, 2, 0, 3]])
+  segments = np.array([[1, 1, 1, 2, 2, 2], [1, 1, 2, 2, 3, 3]])
+  np.testing.assert_array_equal(masks.positions(live, segments),
+                                [[0, 0, 1, 0, 1, 0], [0, 0, 0, 1, 0, 0]])
+  assert masks.positions(live[:, :0], segments[:, :0]).shape == (2, 0)

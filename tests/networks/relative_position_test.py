@@ -80,3 +80,14 @@ def test_a_new_table_is_drawn_uniformly():
   table = module.init(jax.random.key(0), jnp.arange(1), jnp.arange(1))['params']['rel_embedding']
   limit = math.sqrt(3 / ((16 + 32) / 2))
   assert 0.9 * limit < float(jnp.max(jnp.abs(table))) <= limit
+
+
+def test_positions_of_each_row_give_the_bias_of_each_row_alone():
+  module = relative_position.RelativePositionBias(3, 8, 20, bidirectional=False)
+  rng = np.random.default_rng(0)
+  queries, keys = rng.integers(0, 60, (4, 5)), rng.integers(0, 60, (4, 7))
+  variables = module.init(jax.random.key(0), jnp.arange(1), jnp.arange(1))
+  bias = module.apply(variables, queries, keys)
+  assert bias.shape == (4, 3, 5, 7)
+  for row, query, key in zip(bias, queries, keys, strict=True):
+    np.testing.assert_array_equal(row[None], module.apply(variables, query, key))

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax import param_paths
-from prompt_tuning_jax.prompts.weight_changes import combined
+from prompt_tuning_jax.networks.parameters import parameter_specs
+from prompt_tuning_jax.networks.t5 import T5Config
+from prompt_tuning_jax.prompts.weight_changes import combined, per_example
 
 RNG = np.random.default_rng(0)
 FROZEN = {'encoder': {'query': {'kernel': RNG.normal(size=(4, 6))},
@@ -51,3 +53,29 @@ def test_without_changes_it_is_merge():
 def test_changes_that_do_not_fit_are_refused(trained, message):
   with pytest.raises(ValueError, match=message):
     combined(trained, FROZEN)
+
+
+@pytest.mark.parametrize('activations', [('gelu', 'linear'), ('relu',)])
+def test_a_batch_that_mixes_changes_is_each_alone(activations):
+  config = T5Config(40, 8, 2, 1, 1, 4, 16, mlp_activations=activations)
+  draw = lambda *shape: RNG.normal(size=shape).astype(np.float32)
+  base = param_paths.unflatten({path: draw(*spec.shape) / np.sqrt(spec.shape[0])
+                                for path, spec in parameter_specs(config).items()})
+  query, wo = 'decoder/layers_0/self_attention/query/kernel', 'encoder/layers_0/mlp/wo/kernel'
+  key = 'decoder/layers_0/encoder_decoder_attention/key/kernel'
+  changes = [param_paths.unflatten(leaves) for leaves in (
+      {f'lora/{query}/a': draw(8, 2), f'lora/{query}/b': draw(2, 8), f'ia3/{key}': draw(8)},
+      {}, {f'lora/{query}/a': draw(8, 3), f'lora/{query}/b': draw(3, 8), f'lora/{wo}/a':
+           draw(16, 1), f'lora/{wo}/b': draw(1, 8)}, {f'ia3_in/{wo}': draw(16)})]
+  rows = np.array([2, 0, 1, 3, 0])
+  tokens = [RNG.integers(1, 40, (5, length)) for length in (6, 4, 4)]
+  model = config.network()
+  run = lambda variables, *tokens: np.asarray(
+      model.apply(variables, *tokens, enable_dropout=False))
+  mixed = run({'params': base, 'changes': per_example(changes, rows)}, *tokens)
+  assert np.abs(mixed - run({'params': base}, *tokens)).max(axis=(1, 2))[[0, 1, 3, 4]].min() > 0.01
+  for i, row in enumerate(rows):
+    alone = run({'params': combined(changes[row], base)}, *(x[i:i + 1] for x in tokens))
+    np.testing.assert_allclose(mixed[i], alone[0], rtol=1e-4, atol=1e-4)
+  with pytest.raises(ValueError, match='prompt/embedding does not change a kernel'):
+    per_example([{'prompt': {'embedding': draw(2, 8)}}], rows)

@@ -35,7 +35,7 @@ def test_a_run_its_file_and_its_resume(tmp_path, tiny_base, reviews, method, cap
   one, other = (prompt_file.load(tmp_path / name / 'prompts' / 'last.safetensors')
                 for name in ('whole', 'parts'))
   assert {path: leaf.shape for path, leaf in one.params.items()} == {
-      f'prefix/{place}': (1, 2, 3, 2, 4) for place in method.places}
+      f'prefix/{place}': (1, 2, 3, 2, 4) for place in method.places or PLACES}
   for path, leaf in one.params.items():
     np.testing.assert_array_equal(leaf, other.params[path])
   assert (one.metadata['method'], one.metadata['length']) == ('prefix_tuning', 3)

@@ -59,6 +59,30 @@ def test_a_run_leaves_what_it_promises(finished, tiny_base, reviews):
   assert size < 8_000
 
 
+def test_what_a_run_cost_is_reported(finished, tiny_base, caplog):
+  folder, result = finished
+  assert json.loads((folder / 'report.json').read_text('utf-8')) == result
+  weights = param_paths.count(base_checkpoint.load_base(str(tiny_base)).params)
+  assert (result['trainable_parameters'], result['parameters']) == (32, weights + 32)
+  assert result['trainable_percent'] == pytest.approx(100 * 32 / (weights + 32))
+  assert result['bytes']['frozen'] == 4 * weights and result['bytes']['gradients'] == 4 * 32
+  assert result['bytes']['optimizer_state'] < 4 * 64  # Adafactor keeps rows and columns, or all.
+  assert result['saved_bytes'] == (folder / 'prompts' / 'best.safetensors').stat().st_size
+  assert 0 < result['seconds_to_best'] <= result['seconds']
+  assert result['peak_bytes'] > result['bytes']['frozen']
+
+
+def test_no_steps_evaluate_the_start(tmp_path, tiny_base, reviews):
+  result = trained(tmp_path / 'model', tiny_base, reviews, 0)
+  start = prompt_file.load(result['prompt']).params['prompt/embedding']
+  base = base_checkpoint.load_base(str(tiny_base))
+  expected = methods.PromptTuning(length=4).initial(jax.random.key(0), base, None)
+  np.testing.assert_array_equal(start, expected['prompt']['embedding'])
+  lines = [json.loads(line) for line in (tmp_path / 'model' / 'metrics.jsonl').open()]
+  assert [(line['step'], line['split']) for line in lines] == [(0, 'validation')]
+  assert lines[0]['accuracy'] == result['best_value'] and result['best_step'] == 0
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     finished, tmp_path, tiny_base, reviews):
   folder, _ = finished

@@ -1,5 +1,7 @@
 """Laws of the training step, on a tiny network and made-up batches."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +90,27 @@ def test_the_update_is_the_gradient_of_the_whole_model_at_the_prompt():
   np.testing.assert_allclose(leaves(state.trainable)['prompt/embedding'],
                              prompt - np.asarray(gradient['prompt']['embedding']), rtol=1e-4,
                              atol=1e-3)
+
+
+def test_microbatches_are_one_batch():
+  """Also where they have unequal numbers of target tokens; without dropout."""
+  uneven = batch(3)
+  uneven['decoder_loss_weights'][1, 1:] = 0
+  uneven['decoder_loss_weights'][2] = 0
+  results = []
+  for count in (1, 2, 4):
+    state, frozen, _ = made(METHODS[0], optax.sgd(1.0))
+    model = METHODS[0].model(dataclasses.replace(CONFIG, dropout_rate=0.0))
+    step = make_train_step(model, optax.sgd(1.0), 7, num_microbatches=count)
+    state, metrics = step(state, frozen, uneven)
+    results.append((leaves(state.trainable)['prompt/embedding'], jax.device_get(metrics)))
+  for prompt, metrics in results[1:]:
+    np.testing.assert_allclose(prompt, results[0][0], rtol=1e-4, atol=1e-5)
+    for name, value in results[0][1].items():
+      np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
+  state, frozen, step = made(METHODS[0], num_microbatches=3)
+  with pytest.raises(ValueError, match='multiple of num_microbatches, got 4 and 3'):
+    step(state, frozen, uneven)
 
 
 def test_a_loss_that_is_not_finite_stops_updates_and_says_where():
