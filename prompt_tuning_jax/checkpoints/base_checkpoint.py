@@ -19,6 +19,7 @@ from prompt_tuning_jax.checkpoints import (
     stored_leaf,
     t5x_legacy,
 )
+from prompt_tuning_jax.checkpoints.atomic_write import atomic_folder
 from prompt_tuning_jax.checkpoints.hf_config import VocabularyFile
 from prompt_tuning_jax.checkpoints.stored_leaf import ShardingFor
 from prompt_tuning_jax.networks.parameters import parameter_specs
@@ -91,6 +92,20 @@ def random_base(config: Any, vocabulary_file: str, seed: int = 0) -> Base:
   init = jax.jit(lambda key: config.network().init(key, token, token, token)['params'])
   params = init(jax.random.key(seed))
   return Base('random', config, params, vocabulary, fingerprint(params))
+
+
+def write(folder: str | os.PathLike, config: Any, params: PyTree, *,
+          vocabulary: VocabularyFile | None = None, replace: bool = False):
+  """Writes what `load_base` reads, whole or not at all: a Hugging Face folder, or T5X's where
+  Hugging Face has no such network. Raises ValueError if the folder exists, unless told to replace.
+  """
+  if hf_families.has_network(config):
+    hf_safetensors.write(folder, config, params, vocabulary=vocabulary, replace=replace)
+    return
+  with atomic_folder(folder, replace) as temporary:
+    t5x_legacy.write(temporary, params)
+    if vocabulary is not None:
+      vocabulary.write(temporary)
 
 
 def _locate(name: str) -> str:

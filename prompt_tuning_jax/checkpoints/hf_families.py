@@ -36,6 +36,12 @@ def of_configuration(config: Any) -> Family:
                    f'{sorted({family.configuration.__name__ for family in FAMILIES})}.')
 
 
+def has_network(config: Any) -> bool:
+  """Whether a network can be written as a Hugging Face folder."""
+  return any(isinstance(config, family.configuration) and family.fits(config)
+             for family in FAMILIES)
+
+
 def read_config(folder: pathlib.Path) -> Any:
   """The network that a folder's config.json describes."""
   path = folder / 'config.json'

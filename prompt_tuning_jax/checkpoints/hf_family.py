@@ -35,7 +35,7 @@ class Family:
     read_config: (path, config.json) -> configuration, or ValueError; the number of rows is that
       of config.json, and the weights know better (`canonical`).
     config_json: (configuration, {path: leaf}, vocabulary or None) -> config.json, or ValueError
-      for a network that the family has no name for.
+      for a network that the family has no name for, which `fits` tells beforehand.
     name_of: canonical path of a parameter -> name of the tensor that holds it.
     canonical: ({name: tensor of the file}, config.json, configuration, whether it was given in
       place of config.json's) -> (configuration, {canonical path: leaf}). A tensor of unknown name
@@ -49,6 +49,7 @@ class Family:
   extra_ids: int
   read_config: Callable[[pathlib.Path, Json], Any]
   config_json: Callable[[Any, Leaves, Any], Json]
+  fits: Callable[[Any], bool]
   name_of: Callable[[str], str]
   canonical: Callable[[dict[str, StoredLeaf], Json, Any, bool], tuple[Any, dict[str, StoredLeaf]]]
   tensors: Callable[[Leaves], dict[str, Tensor]]

@@ -81,23 +81,29 @@ def read_config(path: pathlib.Path, config: Json) -> GPTConfig:
 
 def config_json(config: GPTConfig, leaves: Leaves, vocabulary=None) -> Json:
   """What Hugging Face reads the network from; ValueError for one that is no GPT-2."""
-  end = _end(leaves[EMBEDDING], vocabulary)
-  rates = dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), config.dropout_rate)
-  described = {
-      'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2',
-      'vocab_size': config.vocab_size - SHIFT, 'n_embd': config.emb_dim,
-      'n_head': config.num_heads, 'n_layer': config.num_layers, 'n_inner': config.mlp_dim,
-      'n_positions': config.max_positions, **_ONLY, **rates, 'bos_token_id': end,
-      'eos_token_id': end, 'torch_dtype': jnp.dtype(leaves[EMBEDDING].dtype).name,
-  }
-  read = dataclasses.replace(read_config(pathlib.Path('config.json'), described),
-                             dtype=config.dtype)
-  if read != config:
-    fields = [f'{name} {ours!r} (GPT-2: {theirs!r})' for name, ours in vars(config).items()
-              if (theirs := getattr(read, name)) != ours]
+  if fields := _unlike(config):
     raise ValueError(f"Hugging Face's GPT-2 has no network with {', '.join(fields)}: "
                      'keep it as a T5X checkpoint.')
-  return described
+  end = _end(leaves[EMBEDDING], vocabulary)
+  return {**_described(config), 'bos_token_id': end, 'eos_token_id': end,
+          'torch_dtype': jnp.dtype(leaves[EMBEDDING].dtype).name}
+
+
+def _described(config: GPTConfig) -> Json:
+  rates = dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), config.dropout_rate)
+  return {'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2',
+          'vocab_size': config.vocab_size - SHIFT, 'n_embd': config.emb_dim,
+          'n_head': config.num_heads, 'n_layer': config.num_layers, 'n_inner': config.mlp_dim,
+          'n_positions': config.max_positions, **_ONLY, **rates}
+
+
+def _unlike(config: GPTConfig) -> list[str]:
+  """What of a network is not as in a GPT-2 of its size."""
+  if config.emb_dim % config.num_heads:
+    return [f'emb_dim {config.emb_dim} and num_heads {config.num_heads}']
+  read = read_config(pathlib.Path('config.json'), _described(config))
+  return [f'{name} {ours!r} (GPT-2: {theirs!r})' for name, ours in vars(config).items()
+          if name != 'dtype' and (theirs := getattr(read, name)) != ours]
 
 
 def _end(table, vocabulary) -> int:
@@ -184,5 +190,5 @@ def _tensor(parts) -> Tensor:
   return Tensor(jnp.dtype(leaf.dtype).name, tuple(shape), get)
 
 
-GPT2 = Family('gpt2', GPTConfig, tokenizer_file.NAMES, 0, read_config, config_json, name_of,
-              canonical, tensors)
+GPT2 = Family('gpt2', GPTConfig, tokenizer_file.NAMES, 0, read_config, config_json,
+              lambda config: not _unlike(config), name_of, canonical, tensors)

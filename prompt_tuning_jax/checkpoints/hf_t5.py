@@ -168,7 +168,7 @@ def _tensor(path: str, leaf) -> Tensor:
 _SENTENCEPIECE = ('spiece.model', 'sentencepiece.model', 'tokenizer.model')
 T5 = Family('t5', T5Config, _SENTENCEPIECE, 100,
             functools.partial(read_config, is_tied=True, feed_forward='relu'), config_json,
-            name_of, canonical, tensors)
+            lambda config: config.mlp_activations in FEED_FORWARD, name_of, canonical, tensors)
 # Its 100 sentinels are pieces of its vocabulary.
 MT5 = dataclasses.replace(T5, model_type='mt5', extra_ids=0, read_config=functools.partial(
     read_config, is_tied=False, feed_forward='gated-gelu'))

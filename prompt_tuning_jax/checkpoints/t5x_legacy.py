@@ -6,7 +6,7 @@ it, large ones are zarr arrays in folders beside it. The optimizer's state is ig
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from flax import serialization
 from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.checkpoints.atomic_write import atomic_folder
 from prompt_tuning_jax.checkpoints.stored_leaf import StoredLeaf, to_host
+from prompt_tuning_jax.networks.gpt import GPTConfig
 from prompt_tuning_jax.networks.t5 import T5Config
 from prompt_tuning_jax.types import PyTree, Shape
 
@@ -113,7 +114,7 @@ def _leaf(folder: str, path: str, value: Any) -> StoredLeaf:
   return StoredLeaf(path, shape, dtype, read)
 
 
-def infer_config(stored: Mapping[str, StoredLeaf], where: str) -> T5Config:
+def infer_config(stored: Mapping[str, StoredLeaf], where: str) -> T5Config | GPTConfig:
   """The network that the leaves' shapes describe.
 
   Two things leave no trace in a T5X checkpoint and are T5's own here: the dropout rate (0.1) and
@@ -128,6 +129,8 @@ def infer_config(stored: Mapping[str, StoredLeaf], where: str) -> T5Config:
   def num_layers(side: str) -> int:
     return len({path.split('/')[1] for path in stored if path.startswith(f'{side}/layers_')})
 
+  if GPTConfig.embedding in stored:
+    return _decoder_only(stored, shape, num_layers('decoder'))
   vocab_size, emb_dim = shape('token_embedder/embedding', 2)
   heads, buckets = shape('encoder/relpos_bias/rel_embedding', 2)
   is_gated = 'encoder/layers_0/mlp/wi_0/kernel' in stored
@@ -136,6 +139,20 @@ def infer_config(stored: Mapping[str, StoredLeaf], where: str) -> T5Config:
       num_encoder_layers=num_layers('encoder'), num_decoder_layers=num_layers('decoder'),
       head_dim=shape('encoder/layers_0/attention/query/kernel', 2)[1] // max(heads, 1),
       mlp_dim=shape('encoder/layers_0/mlp/wo/kernel', 2)[0],
+      mlp_activations=('gelu', 'linear') if is_gated else ('relu',),
+      logits_via_embedding='decoder/logits_dense/kernel' not in stored,
+      relative_attention_num_buckets=buckets)
+
+
+def _decoder_only(stored: Mapping[str, StoredLeaf], shape: Callable[[str, int], Shape],
+                  num_layers: int) -> GPTConfig:
+  vocab_size, emb_dim = shape(GPTConfig.embedding, 2)
+  heads, buckets = shape('decoder/relpos_bias/rel_embedding', 2)
+  is_gated = 'decoder/layers_0/mlp/wi_0/kernel' in stored
+  return GPTConfig(
+      vocab_size=vocab_size, emb_dim=emb_dim, num_heads=heads, num_layers=num_layers,
+      head_dim=shape('decoder/layers_0/self_attention/query/kernel', 2)[1] // max(heads, 1),
+      mlp_dim=shape('decoder/layers_0/mlp/wo/kernel', 2)[0],
       mlp_activations=('gelu', 'linear') if is_gated else ('relu',),
       logits_via_embedding='decoder/logits_dense/kernel' not in stored,
       relative_attention_num_buckets=buckets)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from prompt_tuning_jax import param_paths
-from prompt_tuning_jax.checkpoints import hf_safetensors, prompt_file
+from prompt_tuning_jax.checkpoints import base_checkpoint, prompt_file
 from prompt_tuning_jax.checkpoints.base_checkpoint import Base
 from prompt_tuning_jax.data.token_cache import TokenCache
 from prompt_tuning_jax.prompted_model import PromptedModel
@@ -143,5 +143,5 @@ class ModelTuning:
     return {}
 
   def save(self, path: pathlib.Path, trained: PyTree, base: Base, about: Mapping[str, Any]):
-    """Writes the whole model as the Hugging Face folder `path`."""
-    hf_safetensors.write(path, base.config, trained, vocabulary=base.vocabulary, replace=True)
+    """Writes the whole model as the folder `path`, a base like the one that it came from."""
+    base_checkpoint.write(path, base.config, trained, vocabulary=base.vocabulary, replace=True)

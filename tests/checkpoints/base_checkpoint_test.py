@@ -17,7 +17,7 @@ from prompt_tuning_jax.checkpoints import (
 )
 from prompt_tuning_jax.checkpoints.base_checkpoint import fingerprint, load_base
 from prompt_tuning_jax.checkpoints.hf_config import VocabularyFile
-from prompt_tuning_jax.networks import parameters, t5
+from prompt_tuning_jax.networks import gpt, parameters, t5
 
 CONFIG = t5.T5Config(1500, 4, 2, 1, 1, 2, 8)
 
@@ -143,3 +143,21 @@ def test_names(folders, tmp_path, monkeypatch):
                        ('run', 'Did you mean .*checkpoint_1000')]:
     with pytest.raises(ValueError, match=reason):
       load_base(tmp_path / name)
+
+
+@pytest.mark.parametrize('settings', [{}, {'logits_via_embedding': True, 'mlp_activations':
+                                           ('relu',), 'relative_attention_num_buckets': 8}])
+def test_a_network_that_hugging_face_lacks_is_a_t5x_folder(tmp_path, tiny_base, settings):
+  words = base_checkpoint.load_base(str(tiny_base)).vocabulary
+  config = gpt.GPTConfig(192, 8, 2, 2, 4, 16, **settings)
+  base = base_checkpoint.random_base(config, words.file)
+  for _ in range(2):
+    base_checkpoint.write(tmp_path / 'last', config, base.params, vocabulary=words, replace=True)
+  assert (tmp_path / 'last' / 'checkpoint').is_file()
+  read = base_checkpoint.load_base(str(tmp_path / 'last'))
+  assert (read.config, read.fingerprint, read.vocabulary.sha256, read.vocabulary.extra_ids) == (
+      config, base.fingerprint, words.sha256, words.extra_ids)
+  for path, leaf in param_paths.flatten(base.params).items():
+    np.testing.assert_array_equal(leaf, param_paths.flatten(read.params)[path])
+  with pytest.raises(ValueError, match='last'):
+    base_checkpoint.write(tmp_path / 'last', config, base.params)
