@@ -120,6 +120,17 @@ def test_every_prompt_file_replaces_the_start_of_any_prompt_run(name, values):
     assert type(method.initializer).__module__ == initializers.__name__
 
 
+@pytest.mark.parametrize('name', ['prefix/words.gin', 'prefix/from_file.gin'])
+def test_every_prefix_file_is_a_start_of_prefix_tuning(name):
+  given = {'prefix/words.gin': '--gin.PREFIX_TEXT=a table of names',
+           'prefix/from_file.gin': '--gin.INITIAL_PREFIX_PATH=p.safetensors'}
+  for files in itertools.permutations([name, 'method/prefix_tuning.gin', 'run/prompt_tuning.gin']):
+    method = _read(list(files), [
+        given[name], '--gin.MODEL_DIR=m', '--gin.INITIAL_CHECKPOINT_PATH=mini',
+        '--gin.MIXTURE_OR_TASK_NAME=sst2'])[0]['method']
+    assert callable(method.initializer)
+
+
 def test_any_order_gives_the_same_run(values):
   files = ['run/prompt_tuning.gin', 'network/t5_1_1_small.gin', 'prompt/text.gin',
            'method/prompt_tuning.gin', 'task/text_file.gin']
