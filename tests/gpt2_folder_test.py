@@ -16,6 +16,7 @@ from prompt_tuning_jax.data.seqio_task import SeqioTask
 from prompt_tuning_jax.data.text_file import TextFile
 from prompt_tuning_jax.data.vocabulary import Vocabulary
 from prompt_tuning_jax.training import methods, run
+from prompt_tuning_jax.training.lightweight import PartTuning
 from prompt_tuning_jax.training.prefix_tuning import PrefixTuning
 
 torch = pytest.importorskip('torch')
@@ -159,3 +160,10 @@ def test_texts_longer_than_its_positions_are_told(folder, tmp_path, reviews, cap
   with pytest.raises(ValueError, match='takes up to .*: lower the most tokens of inputs'):
     run.train(TextFile(str(reviews)), {'inputs': 24, 'targets': 8}, str(tmp_path / 'm'),
               str(folder), methods.PromptTuning(250), optimizers.adafactor(), 1, 8)
+
+
+def test_only_biases_train(folder, tmp_path, reviews):
+  result = run.train(TextFile(str(reviews)), {'inputs': 24, 'targets': 8}, str(tmp_path / 'm'),
+                     str(folder), PartTuning(('.*/bias',)), optimizers.adamw(0.01), 1, 8)
+  # A layer's two norms, query, key, value, out, and the MLP's two kernels; the last norm.
+  assert result['trainable_parameters'] == 2 * (2 * 8 + 4 * 8 + 32 + 8) + 8
