@@ -13,7 +13,9 @@ from prompt_tuning_jax.networks import gpt, parameters, t5
 from prompt_tuning_jax.prompts import initializers
 from prompt_tuning_jax.training import methods, run
 from prompt_tuning_jax.training.lightweight import Adapters
+from prompt_tuning_jax.training.multitask import MultitaskPrompts
 from prompt_tuning_jax.training.prefix_tuning import PrefixTuning
+from prompt_tuning_jax.training.prompt_design import PromptDesign
 
 GIN = pathlib.Path(__file__).resolve().parent.parent / 'gin'
 FILES = sorted(path.relative_to(GIN).as_posix() for path in GIN.rglob('*.gin'))
@@ -221,7 +223,8 @@ def test_prompt_tuning_has_the_papers_settings(values):
     ('infix_tuning', methods.DeepPrompt(100, 'end'), 'adamw'),
     ('embedding_only', methods.PromptTuning(100), 'adamw'),
     ('prefix_tuning', PrefixTuning(100), 'adamw'),
-    ('adapters', Adapters(64), 'adamw')])
+    ('adapters', Adapters(64), 'adamw'), ('prompt_design', PromptDesign(), 'adafactor'),
+    ('multitask_prompts', MultitaskPrompts(100), 'adafactor')])
 def test_every_method_replaces_that_of_a_run(name, method, optimizer, values):
   arguments, text = _read_given(['run/prompt_tuning.gin', f'method/{name}.gin'], values)
   assert arguments['method'] == method
@@ -229,6 +232,14 @@ def test_every_method_replaces_that_of_a_run(name, method, optimizer, values):
   # The ablations of Li & Liang have their settings.
   linear = 'peak = 5e-05' in text and '@prefix_rate/optimizers.linear_decay()' in text
   assert linear == (name in ('infix_tuning', 'embedding_only', 'prefix_tuning'))
+
+
+@pytest.mark.parametrize('way', ['Sum', 'Product', 'Concatenation', 'Separate'])
+def test_ways_to_share_are_named_on_the_command_line(way):
+  method = _read(['run/prompt_tuning.gin', 'method/multitask_prompts.gin'], [
+      '--gin.MODEL_DIR=m', '--gin.INITIAL_CHECKPOINT_PATH=mini', '--gin.MIXTURE_OR_TASK_NAME=sst2',
+      f'--gin.COMBINE=%{way.upper()}'])[0]['method']
+  assert type(method.combine).__name__ == way
 
 
 def test_a_prompt_of_every_layer_starts_as_prompt_files_say(values):

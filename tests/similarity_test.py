@@ -63,6 +63,19 @@ def table_of(*argv) -> list[dict]:
   return list(csv.DictReader(path.read_text().splitlines()))
 
 
+def test_of_a_folder_the_best_are_taken_and_no_leftovers_nor_averages(runs, base):
+  expected = {row['prompt'] for row in table_of(runs, f'--output={runs.parent}/all.json')}
+  for name in ('best', 'last', '.best.x1', '.best.x1.old'):  # Of several tasks, and of a kill.
+    save(runs / 'many' / 'prompts' / name / 'mixed.safetensors', base, random(7), task='mixed')
+  target = f'--target={runs.parent}/target.safetensors'
+  ranked = table_of(runs, target, f'--output={runs.parent}/ranked.json',
+                    f'--average={runs}/average.safetensors')
+  again = table_of(runs, target, f'--output={runs.parent}/ranked.json')
+  assert [row['source'] for row in ranked] == [row['source'] for row in again]
+  assert len(ranked) == 4
+  assert {row['source'] for row in ranked} == {'mixed', 'near', 'far', 'middle'} >= expected
+
+
 def test_pairs_of_a_folder_and_of_files_are_the_same_table(runs, capsys):
   in_folder = table_of(runs, f'--output={runs.parent}/all.json')
   printed = capsys.readouterr().out.splitlines()

@@ -51,6 +51,8 @@ def read(paths: Iterable[str], target: str | None = None,
       made = _read_one(path, prompts)
       if chosen and not is_named and made.task and made.task == chosen.task:
         raise ValueError(f"{path} is a prompt of the target's own task.")
+      if not is_named and 'sources' in made.metadata:
+        raise ValueError(f'{path} is an average of others.')
       prompts.append(made)
     except (ValueError, OSError) as error:
       if is_named:
@@ -83,10 +85,16 @@ def _files(paths: Iterable[str]) -> dict[pathlib.Path, bool]:
       files[path.resolve()] = True
       continue
     for found in sorted(path.rglob('*')):
-      is_last = found.name == 'last.safetensors' and found.with_name('best.safetensors').exists()
-      if found.suffix in SUFFIXES and found.is_file() and not is_last:
+      is_hidden = any(part.startswith('.') for part in found.relative_to(path).parts)
+      if found.suffix in SUFFIXES and found.is_file() and not is_hidden and not _is_last(found):
         files.setdefault(found.resolve(), False)
   return files
+
+
+def _is_last(path: pathlib.Path) -> bool:
+  """Whether it is a run's last prompt, alone or of several tasks, and there is a best."""
+  return (path.name == 'last.safetensors' and path.with_name('best.safetensors').exists()
+          or path.parent.name == 'last' and (path.parent.parent / 'best' / path.name).exists())
 
 
 def _read_one(path: pathlib.Path, others: Sequence[TrainedPrompt]) -> TrainedPrompt:

@@ -62,6 +62,20 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[pathlib.Path]:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
+def recover(path: Path):
+  """Puts back the folder that stepped aside, if a kill came between the two renames.
+
+  What else a killed `atomic_folder` left goes. For a folder that one process writes to.
+  """
+  path = pathlib.Path(path)
+  aside = sorted(path.parent.glob(f'.{path.name}.*.old'))
+  if aside and not path.exists():
+    os.replace(aside[-1], path)
+  for left in path.parent.glob(f'.{path.name}.*'):
+    if left.is_dir():
+      shutil.rmtree(left)
+
+
 def sync(path: Path):
   """Waits until a file or folder has reached the disk."""
   descriptor = os.open(path, os.O_RDONLY)

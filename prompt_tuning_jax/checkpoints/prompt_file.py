@@ -44,11 +44,12 @@ class PromptFile:
 def describe(base: Any, *, method: str = 'prompt_tuning', placement: str = 'before',
              length: int | None = None, task: str | None = None,
              labels: Sequence[str] | None = None,
-             metric: Mapping[str, Any] | None = None) -> dict[str, Any]:
+             metric: Mapping[str, Any] | None = None, **others: Any) -> dict[str, Any]:
   """The metadata of a prompt trained on `base` (a `base_checkpoint.Base`).
 
-  `length` counts virtual tokens, `metric` has name, value and step. That of adapters has one entry
-  more, `activation`.
+  `length` counts virtual tokens, `metric` has name, value and step. `others`, in JSON, are a
+  method's own: `activation` of adapters, `text` of a designed prompt, `tasks` ({task: its metric})
+  of what trained on a mixture.
   """
   vocabulary = base.vocabulary
   return {
@@ -60,7 +61,7 @@ def describe(base: Any, *, method: str = 'prompt_tuning', placement: str = 'befo
                                     'extra_ids': vocabulary.extra_ids},
       'task': task, 'labels': None if labels is None else list(labels),
       'metric': None if metric is None else dict(metric),
-      'version': prompt_tuning_jax.__version__}
+      'version': prompt_tuning_jax.__version__, **others}
 
 
 def save(path: str | os.PathLike, prompt: PromptFile):
@@ -79,6 +80,12 @@ def save(path: str | os.PathLike, prompt: PromptFile):
 def load(path: str | os.PathLike) -> PromptFile:
   """Reads a prompt file, or a .npy prompt [P, D]. Raises a one-line ValueError for any other."""
   path = os.fspath(path)
+  if os.path.isdir(path):
+    inside = sorted(name for name in os.listdir(path) if name.endswith('.safetensors'))
+    is_base = os.path.isfile(os.path.join(path, 'config.json'))
+    hint = ('it is a whole model: give it as --base, without a prompt' if is_base else
+            f'name a file in it: {", ".join(inside) or "there is none"}')
+    raise ValueError(f'{path} is a folder, expected a prompt file: {hint}.')
   if not os.path.isfile(path):
     raise ValueError(f'There is no prompt file {path}.')
   with open(path, 'rb') as file:
@@ -158,7 +165,8 @@ def _check_metadata(path: str | os.PathLike, metadata: Mapping[str, Any],
                      f'prompt_tuning_jax {prompt_tuning_jax.__version__}, which reads '
                      f'{FORMAT_VERSION}. A newer version may read it.')
   kinds = {'method': str, 'placement': str, 'length': int, 'base': dict, 'vocabulary': dict,
-           'task': str, 'labels': list, 'metric': dict, 'activation': str, 'version': str}
+           'task': str, 'labels': list, 'metric': dict, 'activation': str, 'version': str,
+           'tasks': dict, 'text': str, 'sources': list}
   for key, kind in kinds.items():
     value = metadata.get(key)
     if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):

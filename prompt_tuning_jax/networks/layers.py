@@ -94,13 +94,13 @@ class Dense(nn.Module):
     product = jnp.dot(x, kernel.astype(self.dtype), preferred_element_type=self.out_dtype)
     if (thin := self._change('lora_a')) is not None:
       product += (x @ thin @ self._change('lora_b')).astype(product.dtype)
+    if self.use_bias:
+      bias = partitioning.param_with_axes(
+          'bias', nn.initializers.zeros, (self.features,), jnp.float32, axes=self.axes[-1:])
+      product += bias.astype(product.dtype)
     if (scale := self._change('ia3')) is not None:
       product *= scale[:, None].astype(product.dtype)
-    if not self.use_bias:
-      return product
-    bias = partitioning.param_with_axes(
-        'bias', nn.initializers.zeros, (self.features,), jnp.float32, axes=self.axes[-1:])
-    return product + bias.astype(product.dtype)
+    return product
 
   def _change(self, name: str) -> Array | None:
     change = self.get_variable('changes', name)

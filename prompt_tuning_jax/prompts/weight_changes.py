@@ -1,7 +1,8 @@
 """Small trained changes of frozen weights, as a function of parameter trees.
 
   lora/PATH/{a,b}  a [in, r], b [r, out]: the kernel at PATH is W + a b (Hu et al. 2022)
-  ia3/PATH         [out]: the kernel's outputs are scaled, W diag(l) (Liu et al. 2022)
+  ia3/PATH         [out]: the kernel's outputs are scaled, W diag(l), and so is the bias beside it,
+                   if there is one (Liu et al. 2022)
   ia3_in/PATH      [in]: its inputs are scaled, diag(l) W, which for an MLP's last kernel is IA3's
                    scaling of the hidden activations
 
@@ -38,6 +39,9 @@ def combined(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> PyTree:
       if path not in leaves:
         raise ValueError(f'{kind} changes {path}, which the base does not have.')
       leaves[path] = _changed(kind, path, leaves[path], of)
+      bias = path.removesuffix('kernel') + 'bias'
+      if kind == 'ia3' and bias in leaves:
+        leaves[bias] = leaves[bias] * of[path].astype(leaves[bias].dtype)
   return param_paths.merge(param_paths.unflatten(leaves), param_paths.unflatten(beside))
 
 

@@ -93,6 +93,10 @@ class Evaluator:
     """The answers of a task whose examples all have the same; None for any other."""
     return labels_of(self._rows)
 
+  def of_tasks(self, values: Mapping[str, float]) -> dict[str, tuple[str, float]]:
+    """{task: (name, value) of its own metric} from the values of an evaluation."""
+    return {self.task: (self.metric, values[self.metric])}
+
   def majority(self) -> dict[str, float]:
     """The metrics of always giving the most frequent answer; {} where there are no labels."""
     if not self.labels:
@@ -159,6 +163,11 @@ class MixtureEvaluator:
   def part(self) -> list:
     """Which examples are evaluated."""
     return [part.part for part in self._evaluators]
+
+  def of_tasks(self, values: Mapping[str, float]) -> dict[str, tuple[str, float]]:
+    """As `Evaluator.of_tasks`, for every task that is evaluated."""
+    return {part.task: (part.metric, values[f'{part.task}/{part.metric}'])
+            for part in self._evaluators}
 
   def majority(self) -> dict[str, float]:
     """As `Evaluator.majority`, for every task; {} where one has no labels."""

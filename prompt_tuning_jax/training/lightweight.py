@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from prompt_tuning_jax import param_paths
-from prompt_tuning_jax.checkpoints import prompt_file
 from prompt_tuning_jax.checkpoints.base_checkpoint import Base
 from prompt_tuning_jax.networks import layers
 from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts.adapters import BottleneckAdapters, num_layers
-from prompt_tuning_jax.training.methods import any_data, bare_network, no_virtual_tokens
+from prompt_tuning_jax.training.methods import any_data, bare_network, no_virtual_tokens, save_file
 from prompt_tuning_jax.types import Array, PyTree
 
 
@@ -56,7 +55,7 @@ class Lora:
 
   def save(self, path: pathlib.Path, trained: PyTree, base: Base, about: Mapping[str, Any]):
     """Writes the matrices as `path`.safetensors."""
-    _save(path, trained, base, 'lora', about)
+    save_file(path, trained, base, about, method='lora')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Ia3:
 
   def save(self, path: pathlib.Path, trained: PyTree, base: Base, about: Mapping[str, Any]):
     """Writes the vectors as `path`.safetensors."""
-    _save(path, trained, base, 'ia3', about)
+    save_file(path, trained, base, about, method='ia3')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +127,7 @@ class Adapters:
 
   def save(self, path: pathlib.Path, trained: PyTree, base: Base, about: Mapping[str, Any]):
     """Writes the adapters as `path`.safetensors."""
-    _save(path, trained, base, 'adapters', about, activation=self.activation)
+    save_file(path, trained, base, about, method='adapters', activation=self.activation)
 
   def _module(self, config: Any) -> BottleneckAdapters:
     return BottleneckAdapters(self.width, config.emb_dim, num_layers(config, self.places),
@@ -153,17 +152,10 @@ class PartTuning:
 
   def save(self, path: pathlib.Path, trained: PyTree, base: Base, about: Mapping[str, Any]):
     """Writes the weights that trained as `path`.safetensors."""
-    _save(path, trained, base, 'part_tuning', about)
+    save_file(path, trained, base, about, method='part_tuning')
 
 
 def _kernel_shape(path: str, kernel: Array) -> tuple[int, int]:
   if kernel.ndim != 2:
     raise ValueError(f'{path} is no kernel: expected [in, out], got {list(kernel.shape)}.')
   return kernel.shape
-
-
-def _save(path: pathlib.Path, trained: PyTree, base: Base, method: str, about: Mapping[str, Any],
-          **more: Any):
-  metadata = {**prompt_file.describe(base, method=method, **about), **more}
-  prompt_file.save(path.with_suffix('.safetensors'), prompt_file.PromptFile(
-      param_paths.flatten(jax.device_get(trained)), metadata))

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from prompt_tuning_jax.checkpoints.training_state import TrainingStates
+from prompt_tuning_jax.training import report
 from prompt_tuning_jax.training.evaluate import Evaluation
 from prompt_tuning_jax.training.progress import Progress
 from prompt_tuning_jax.training.state import TrainState
@@ -44,27 +45,31 @@ class Schedule:
 class Records:
   """What the host remembers between steps and across restarts.
 
-  `run` is what a run may not change when it resumes; the values of the best are those of
-  `Evaluation.rank` and `Evaluation.value`.
+  `run` is what a run may not change when it resumes; the best's and the last's are those of
+  `Evaluation`: rank, value, and the values of all metrics.
   """
 
   run: dict[str, Any] = dataclasses.field(default_factory=dict)
   best_rank: float | None = None
   best_value: float | None = None
+  best_values: dict[str, float] = dataclasses.field(default_factory=dict)
   best_step: int = 0
   last_value: float | None = None
+  last_values: dict[str, float] = dataclasses.field(default_factory=dict)
   last_step: int = 0
   evaluations_since_best: int = 0
-  seconds: float = 0.0  # of training, compilation and evaluation, all restarts together
+  seconds: float = 0.0  # of training, compilation and evaluation, up to the last save
   best_seconds: float = 0.0
+  peak_bytes: int = 0
 
   def add(self, evaluation: Evaluation, step: int) -> bool:
     """Takes an evaluation; True if it is the best so far."""
     rank = evaluation.rank
     self.last_value, self.last_step = evaluation.value, step
+    self.last_values = dict(evaluation.values)
     if np.isfinite(rank) and (self.best_rank is None or rank > self.best_rank):
       self.best_rank, self.best_value, self.best_step = rank, evaluation.value, step
-      self.best_seconds = self.seconds
+      self.best_values, self.best_seconds = self.last_values, self.seconds
       self.evaluations_since_best = 0
       return True
     self.evaluations_since_best += 1
@@ -98,7 +103,7 @@ def train(state: TrainState, frozen: PyTree, batches: Iterator[Batch], train_ste
     if best:
       save('best', state.trainable)
 
-  if evaluate and not schedule.train_steps:
+  if evaluate and not schedule.train_steps and records.last_value is None:
     measure()
   with _stop_requested() as stop:
     while step < schedule.train_steps and not stop.is_set():
@@ -118,18 +123,19 @@ def train(state: TrainState, frozen: PyTree, batches: Iterator[Batch], train_ste
       if evaluate and (last or _due(step, schedule.eval_period)):
         measure()
       if _due(step, schedule.save_period):
-        records.seconds = time.monotonic() - began
-        _save_all(state, states, records, save)
+        _save_all(state, states, records, save, began)
     if stop.is_set():
       logger.warning('Stopping at step %d as a signal asked; the same command resumes there.', step)
-    records.seconds = time.monotonic() - began
-    _save_all(state, states, records, save)
+    _save_all(state, states, records, save, began)
     states.wait()
   return state
 
 
-def _save_all(state: TrainState, states: TrainingStates, records: Records, save: Callable) -> None:
+def _save_all(state: TrainState, states: TrainingStates, records: Records, save: Callable,
+              began: float) -> None:
   _check_divergence(state, save)
+  records.seconds = time.monotonic() - began
+  records.peak_bytes = max(records.peak_bytes, report.peak_memory()['peak_bytes'])
   states.save(int(state.step), state, dataclasses.asdict(records))
   save('last', state.trainable)
 

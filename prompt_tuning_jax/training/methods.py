@@ -25,8 +25,34 @@ def prompt_from_file(path: str) -> initializers.FromArray:
   params = prompt_file.load(path).params
   if prompt_file.EMBEDDING not in params:
     raise ValueError(f'{path} holds no prompt to start from: expected {prompt_file.EMBEDDING}, got '
-                     f'{", ".join(params)}.')
+                     f'{next(iter(params))} and {len(params) - 1} others.')
   return initializers.FromArray(params[prompt_file.EMBEDDING])
+
+
+def save_file(path: pathlib.Path, leaves: PyTree, base: Base, about: Mapping[str, Any],
+              **described: Any) -> None:
+  """Writes trained leaves and what they belong to as `path`.safetensors.
+
+  `about` has task, labels and metric, `described` what the method adds (`prompt_file.describe`).
+  """
+  flat = param_paths.flatten(jax.device_get(leaves))
+  prompt_file.save(path.with_name(f'{path.name}.safetensors'), prompt_file.PromptFile(
+      flat, prompt_file.describe(base, **{**about, **described})))
+
+
+def description(method: Any) -> dict[str, Any]:
+  """A method's name and plain settings: a resumed run must have the same."""
+  return {'name': type(method).__name__, **{
+      field.name: _plain(getattr(method, field.name)) for field in dataclasses.fields(method)}}
+
+
+def _plain(value: Any) -> Any:
+  """A setting as JSON keeps it; None for one, such as an array, that it does not keep."""
+  if isinstance(value, list | tuple):
+    return [_plain(each) for each in value]
+  if dataclasses.is_dataclass(value):
+    return description(value)
+  return value if isinstance(value, str | int | float | bool) else None
 
 
 def bare_network(method: Any, config: Any) -> PromptedModel:
@@ -34,7 +60,8 @@ def bare_network(method: Any, config: Any) -> PromptedModel:
   return PromptedModel(config.network())
 
 
-def any_data(method: Any, caches: Sequence[TokenCache], base: Base, vocabulary: Any) -> Any:
+def any_data(method: Any, caches: Sequence[TokenCache], base: Base, vocabulary: Any,
+             seed: int) -> Any:
   """The `for_data` of a method that takes nothing from the training data."""
   return method
 
@@ -68,10 +95,8 @@ class PromptTuning:
     return {'prompt': {'embedding': self.initializer(key, self.length, base.embedding, vocabulary)}}
 
   def save(self, path: pathlib.Path, trained: PyTree, base: Base, about: Mapping[str, Any]):
-    """Writes the prompt as `path`.safetensors; `about` has its task, labels and metric."""
-    metadata = prompt_file.describe(base, placement=self.placement, length=self.length, **about)
-    leaves = param_paths.flatten(jax.device_get(trained))
-    prompt_file.save(path.with_suffix('.safetensors'), prompt_file.PromptFile(leaves, metadata))
+    """Writes the prompt as `path`.safetensors."""
+    save_file(path, trained, base, about, placement=self.placement, length=self.length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,26 +133,9 @@ class DeepPrompt:
     return {'prompt': {'deep_embedding': jnp.stack([first, *_hidden_states(first, base)])}}
 
   def save(self, path: pathlib.Path, trained: PyTree, base: Base, about: Mapping[str, Any]):
-    """Writes the prompt as `path`.safetensors; `about` has its task, labels and metric."""
-    metadata = prompt_file.describe(base, method='deep_prompt', placement=self.placement,
-                                    length=self.length, **about)
-    leaves = param_paths.flatten(jax.device_get(trained))
-    prompt_file.save(path.with_suffix('.safetensors'), prompt_file.PromptFile(leaves, metadata))
-
-
-def _hidden_states(first: Array, base: Base) -> list[Array]:
-  """What each layer but the last makes of a prompt [P, D] that is all of the input: [P, D] float32.
-  """
-  config = base.config
-  tokens = VirtualTokens(config.vocab_size, len(first)).ids[None]
-  _, captured = config.network().apply(
-      {'params': base.params}, tokens, enable_dropout=False, virtual_embeddings=first,
-      method='encode', mutable=['intermediates'],
-      capture_intermediates=lambda module, _: re.fullmatch(r'layers_\d+', module.name or ''))
-  layers = captured['intermediates'][config.prompted_stack]
-  # Where a layer returns more than its output, the output is the first.
-  outputs = [jax.tree.leaves(layers[f'layers_{i}'])[0] for i in range(config.prompted_layers - 1)]
-  return [output[0].astype(jnp.float32) for output in outputs]
+    """Writes the prompt as `path`.safetensors."""
+    save_file(path, trained, base, about, method='deep_prompt', placement=self.placement,
+              length=self.length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,3 +153,18 @@ class ModelTuning:
   def save(self, path: pathlib.Path, trained: PyTree, base: Base, about: Mapping[str, Any]):
     """Writes the whole model as the folder `path`, a base like the one that it came from."""
     base_checkpoint.write(path, base.config, trained, vocabulary=base.vocabulary, replace=True)
+
+
+def _hidden_states(first: Array, base: Base) -> list[Array]:
+  """What each layer but the last makes of a prompt [P, D] that is all of the input: [P, D] float32.
+  """
+  config = base.config
+  tokens = VirtualTokens(config.vocab_size, len(first)).ids[None]
+  _, captured = config.network().apply(
+      {'params': base.params}, tokens, enable_dropout=False, virtual_embeddings=first,
+      method='encode', mutable=['intermediates'],
+      capture_intermediates=lambda module, _: re.fullmatch(r'layers_\d+', module.name or ''))
+  layers = captured['intermediates'][config.prompted_stack]
+  # Where a layer returns more than its output, the output is the first.
+  outputs = [jax.tree.leaves(layers[f'layers_{i}'])[0] for i in range(config.prompted_layers - 1)]
+  return [output[0].astype(jnp.float32) for output in outputs]

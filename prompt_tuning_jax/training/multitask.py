@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prompt_tuning_jax.checkpoints import prompt_file
-from prompt_tuning_jax.checkpoints.atomic_write import atomic_folder
 from prompt_tuning_jax.checkpoints.base_checkpoint import Base
 from prompt_tuning_jax.data.token_cache import TokenCache
 from prompt_tuning_jax.prompted_model import PromptedModel
@@ -18,6 +16,7 @@ from prompt_tuning_jax.prompts import initializers
 from prompt_tuning_jax.prompts.prompt_bank import Combine, PromptBank, Sum
 from prompt_tuning_jax.prompts.virtual_tokens import VirtualTokens
 from prompt_tuning_jax.training.evaluate import labels_of
+from prompt_tuning_jax.training.methods import save_file
 from prompt_tuning_jax.types import Array, PyTree
 
 
@@ -40,8 +39,17 @@ class MultitaskPrompts:
 
   trainable = ('prompt/.*',)
 
-  def for_data(self, caches: Sequence[TokenCache], base: Base, vocabulary: Any):
+  def __post_init__(self):
+    if not isinstance(self.combine, Combine):
+      raise ValueError(f'COMBINE should be %SUM, %PRODUCT, %CONCATENATION or %SEPARATE, got '
+                       f'{self.combine!r}.')
+
+  def for_data(self, caches: Sequence[TokenCache], base: Base, vocabulary: Any,
+               seed: int) -> 'MultitaskPrompts':
     """This method for the tasks of these caches."""
+    if len(caches) < 2:
+      raise ValueError('Prompts of several tasks need a mixture of at least two: '
+                       "--gin_file=task/mixture.gin --gin.MIXTURE_TASKS=('sst2', 'mrpc').")
     labels = [labels_of(cache.rows) for cache in caches]
     return dataclasses.replace(self, tasks=tuple(cache.meta['task'] for cache in caches),
                                labels=tuple(each and tuple(each) for each in labels))
@@ -69,13 +77,10 @@ class MultitaskPrompts:
     leaves = jax.device_get(trained['prompt'])
     bank = np.asarray(self._bank(leaves['own'].shape[-1]).apply({'params': leaves}))
     prompts = bank.reshape(len(self.tasks), self.length, -1)
-    with atomic_folder(path, replace=True) as folder:
-      for task, labels, prompt in zip(self.tasks, self.labels, prompts, strict=True):
-        metadata = prompt_file.describe(
-            base, method='multitask_prompts', placement=self.placement, length=self.length,
-            **{**about, 'task': task, 'labels': labels})
-        prompt_file.save(folder / f'{task}.safetensors',
-                         prompt_file.PromptFile({prompt_file.EMBEDDING: prompt}, metadata))
+    for task, labels, prompt in zip(self.tasks, self.labels, prompts, strict=True):
+      own = {'task': task, 'labels': labels, 'metric': about['tasks'].get(task)}
+      save_file(path / task, {'prompt': {'embedding': prompt}}, base, own,
+                method='multitask_prompts', placement=self.placement, length=self.length)
 
   def _bank(self, width: int) -> PromptBank:
     shared, own = self.combine.lengths(self.length)

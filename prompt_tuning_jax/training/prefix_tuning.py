@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.checkpoints import prompt_file
 from prompt_tuning_jax.checkpoints.base_checkpoint import Base
 from prompt_tuning_jax.networks.prefix import PLACES
 from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts.prefix import DirectPrefix, ReparameterizedPrefix, num_layers
-from prompt_tuning_jax.training.methods import any_data, no_virtual_tokens
+from prompt_tuning_jax.training.methods import any_data, no_virtual_tokens, save_file
 from prompt_tuning_jax.types import Array, PyTree
 
 
@@ -113,9 +112,7 @@ class PrefixTuning:
   def save(self, path: pathlib.Path, trained: PyTree, base: Base, about: Mapping[str, Any]):
     """Writes keys and values as `path`.safetensors; an MLP is not kept."""
     made = self._module(base.config).apply({'params': trained['prefix']})
-    metadata = prompt_file.describe(base, method='prefix_tuning', length=self.length, **about)
-    prompt_file.save(path.with_suffix('.safetensors'), prompt_file.PromptFile(
-        param_paths.flatten(jax.device_get({'prefix': made})), metadata))
+    save_file(path, {'prefix': made}, base, about, method='prefix_tuning', length=self.length)
 
   def _module(self, config: Any) -> nn.Module:
     shape = (self.length, num_layers(config, self.places), config.num_heads, config.head_dim)

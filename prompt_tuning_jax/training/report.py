@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from prompt_tuning_jax import param_paths
+from prompt_tuning_jax.checkpoints import safetensors_file, t5x_legacy
 from prompt_tuning_jax.checkpoints.atomic_write import atomic_file
 from prompt_tuning_jax.training.state import TrainState
 from prompt_tuning_jax.types import PyTree
@@ -19,7 +20,8 @@ FILE = 'report.json'
 
 
 def sizes(state: TrainState, frozen: PyTree) -> dict[str, Any]:
-  """Counts of parameters (numbers), and bytes of all that a run keeps on its devices."""
+  """Counts of parameters (numbers), and bytes of one copy of all that a run keeps on its devices.
+  """
   some, rest = param_paths.count(state.trainable), param_paths.count(frozen)
   return {
       'trainable_parameters': some, 'parameters': some + rest,
@@ -46,6 +48,14 @@ def saved_bytes(path: pathlib.Path) -> int:
   """The size of a file, or of all files in a folder."""
   files = [path] if path.is_file() else path.rglob('*')
   return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def saved_parameters(path: pathlib.Path) -> int:
+  """How many numbers a prompt file holds, or all weight files of a folder."""
+  files = [path] if path.is_file() else sorted(path.glob('*.safetensors'))
+  leaves = [leaf for file in files for leaf in safetensors_file.read_header(file).tensors.values()]
+  return sum(math.prod(leaf.shape)
+             for leaf in leaves or t5x_legacy.open_folder(str(path)).values())
 
 
 def write(folder: pathlib.Path, report: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from prompt_tuning_jax import param_paths, predictor
-from prompt_tuning_jax.checkpoints import base_checkpoint
+from prompt_tuning_jax.checkpoints import atomic_write, base_checkpoint
 from prompt_tuning_jax.checkpoints.base_checkpoint import Base
 from prompt_tuning_jax.checkpoints.training_state import TrainingStates
 from prompt_tuning_jax.data import batches, mixture, token_cache
@@ -24,7 +24,7 @@ from prompt_tuning_jax.networks.parameters import logical_axes
 from prompt_tuning_jax.partitioning import Partitioner
 from prompt_tuning_jax.predictor import Predictor
 from prompt_tuning_jax.prompts.weight_changes import combined
-from prompt_tuning_jax.training import evaluate, loop, report
+from prompt_tuning_jax.training import evaluate, loop, methods, report
 from prompt_tuning_jax.training import state as train_state
 from prompt_tuning_jax.training.progress import Progress
 from prompt_tuning_jax.training.step import make_train_step
@@ -72,14 +72,13 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
   """
   _check(task_feature_lengths, model_dir, dropout_rate, train_steps=(train_steps, 0),
          batch_size=(batch_size, 1), num_microbatches=(num_microbatches, 1))
-  tasks = mixture.as_mixture(task)
-  _check_data(tasks)
+  tasks = _checked(mixture.as_mixture(task))
   base = _base(initial_checkpoint_path, network, vocabulary, parameter_dtype, partitioner, seed)
   words = _vocabulary(base)
   lengths = dict(task_feature_lengths)
   opened = functools.partial(_caches, tasks, words, lengths, cache_dir)
   caches = opened('train_split', train_subset)
-  method = method.for_data(caches, base, words)
+  method = method.for_data(caches, base, words, seed)
   config = dataclasses.replace(base.config, dropout_rate=dropout_rate, dtype=activation_dtype)
   model = method.model(config)
   virtual = batches.one_each(method.virtual_tokens(config.vocab_size), len(caches))
@@ -98,9 +97,10 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
   state = _place(train_state.create(trainable, optimizer), partitioner)
   with contextlib.closing(TrainingStates(folder / 'checkpoints')) as states:
     state, records = _restore(states, state, {
-        'base': base.fingerprint, 'task': task.name, 'vocabulary': words.sha256,
-        'lengths': lengths, 'batch_size': batch_size, 'seed': seed, 'batching': source.description,
-        'metric': evaluator and evaluator.metric, 'evaluated': evaluator and evaluator.part})
+        'base': base.fingerprint, 'task': tasks.name, 'method': methods.description(method),
+        'vocabulary': words.sha256, 'lengths': lengths, 'batch_size': batch_size, 'seed': seed,
+        'batching': source.description, 'metric': evaluator and evaluator.metric,
+        'evaluated': evaluator and evaluator.part})
     progress = Progress(folder, train_steps, int(state.step), config_text)
     put = lambda step: partitioner.put_batch(source.batch_at(step))
     with contextlib.closing(progress), contextlib.closing(Prefetch(put, int(state.step))) as feed:
@@ -108,20 +108,21 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
           state, frozen, feed,
           make_train_step(model, optimizer, seed, z_loss, label_smoothing, num_microbatches),
           evaluate=evaluator and (lambda trained: evaluator(combined(trained, frozen))),
-          save=_saver(method, folder / 'prompts', base, task, evaluator, records), states=states,
-          progress=progress, records=records, task=task.name, per_batch=source.examples_per_batch,
+          save=_saver(method, folder / 'prompts', base, tasks, evaluator, records), states=states,
+          progress=progress, records=records, task=tasks.name, per_batch=source.examples_per_batch,
           schedule=loop.Schedule(train_steps, eval_period, save_period, log_period, patience))
   progress.plot()
-  return _report(folder, report.sizes(state, frozen), records, evaluator)
+  return _report(folder, report.sizes(state, frozen), records, evaluator, int(state.step))
 
 
-def _check_data(tasks: mixture.Mixture) -> None:
-  """Missing data is told before a large base is read."""
+def _checked(tasks: mixture.Mixture) -> mixture.Mixture:
+  """The tasks; data that is missing is told before a large base is read."""
   for task in tasks.tasks:
     if not task.train_split:
       raise ValueError(f'The task {task.name} has no training split.')
     for split in filter(None, (task.train_split, task.eval_split)):
       task.key_parts(split)
+  return tasks
 
 
 def _check_positions(config: Any, caches: Sequence[TokenCache], virtual: Sequence[Any]) -> None:
@@ -172,6 +173,10 @@ def _check(lengths: Mapping[str, int], model_dir: str, dropout_rate: float,
     if type(count) is not int or count < least:
       raise ValueError(f'{name.upper()} should be a whole number of at least {least}, got '
                        f'{count!r}.')
+  rows, parts = counts['batch_size'][0], counts['num_microbatches'][0]
+  if rows % parts:
+    raise ValueError(f'BATCH_SIZE should be a multiple of num_microbatches, got {rows} and '
+                     f'{parts}.')
   if not isinstance(dropout_rate, int | float) or not 0 <= dropout_rate < 1:
     raise ValueError(f'DROPOUT_RATE should be at least 0 and less than 1, got {dropout_rate!r}.')
 
@@ -224,38 +229,50 @@ def _restore(states: TrainingStates, state: train_state.TrainState, run: dict[st
   return state, records
 
 
-def _saver(method, folder: pathlib.Path, base: Base, task, evaluator, records: loop.Records):
+def _saver(method, folder: pathlib.Path, base: Base, tasks: mixture.Mixture, evaluator,
+           records: loop.Records):
   """save(name, trained): writes the trained leaves and what they belong to."""
+  for name in ('best', 'last'):
+    atomic_write.recover(folder / name)
 
   def save(name: str, trained: PyTree) -> None:
-    value, step = ((records.best_value, records.best_step) if name == 'best' else
-                   (records.last_value, records.last_step))
-    metric = None if value is None else {'name': evaluator.metric, 'value': value, 'step': step}
-    method.save(folder / name, trained, base, {
-        'task': task.name, 'labels': evaluator and evaluator.labels, 'metric': metric})
+    value, values, step = (
+        (records.best_value, records.best_values, records.best_step) if name == 'best' else
+        (records.last_value, records.last_values, records.last_step))
+    metric = lambda name, value: {'name': name, 'value': value, 'step': step}
+    about = {'task': tasks.name, 'labels': None,
+             'metric': None if value is None else metric(evaluator.metric, value)}
+    if len(tasks.tasks) > 1:  # Not all of them need be evaluated.
+      of_tasks = {} if value is None else evaluator.of_tasks(values)
+      about['tasks'] = {task: metric(*own) for task, own in of_tasks.items()}
+    elif evaluator:
+      about['labels'] = evaluator.labels
+    method.save(folder / name, trained, base, about)
 
   return save
 
 
-def _report(folder: pathlib.Path, sizes: Mapping[str, Any], records: loop.Records,
-            evaluator) -> dict[str, Any]:
-  """Writes and tells what the run cost and gave; seconds are of all restarts together."""
-  prompts = folder / 'prompts'
-  best = (sorted(prompts.glob('best*')) or sorted(prompts.glob('last*')))[0]
+def _report(folder: pathlib.Path, sizes: Mapping[str, Any], records: loop.Records, evaluator,
+            steps: int) -> dict[str, Any]:
+  """Writes and tells what the run cost and gave, all restarts together."""
+  name = 'last' if records.best_value is None else 'best'
+  kept = next((folder / 'prompts').glob(f'{name}*'))
   result = {
-      'prompt': str(best), 'metric': evaluator and evaluator.metric,
-      'best_value': records.best_value, 'best_step': records.best_step,
+      'prompt': str(kept), 'metric': evaluator and evaluator.metric,
+      'best_value': records.best_value, 'best_step': records.best_step, 'steps': steps,
       'seconds_to_best': records.best_seconds, 'seconds': records.seconds,
-      'saved_bytes': report.saved_bytes(best), **sizes, **report.peak_memory()}
+      'saved_bytes': report.saved_bytes(kept), 'saved_parameters': report.saved_parameters(kept),
+      **sizes, **report.peak_memory(), 'peak_bytes': records.peak_bytes}
   report.write(folder, result)
   if evaluator and records.best_value is not None:
     majority = evaluator.majority().get(evaluator.metric)
     against = '' if majority is None else f' (always the most frequent answer: {majority:.4g})'
     logger.info('Best %s %.4g at step %d, after %.0f s%s.', evaluator.metric, records.best_value,
                 records.best_step, records.best_seconds, against)
-  logger.info('%s parameters trained (%.5f %%), %s bytes saved, at most %.2f GB in memory (of the '
-              '%s), %.0f s.', f'{sizes["trainable_parameters"]:,}', sizes['trainable_percent'],
-              f'{result["saved_bytes"]:,}', result['peak_bytes'] / 1e9, result['peak_of'],
-              records.seconds)
-  logger.info('The trained prompt: %s', best)
+  logger.info('%s parameters trained (%.5f %%), %s saved in %s bytes, at most %.2f GB in memory '
+              '(of the %s), %.0f s.', f'{sizes["trainable_parameters"]:,}',
+              sizes['trainable_percent'], f'{result["saved_parameters"]:,}',
+              f'{result["saved_bytes"]:,}',
+              result['peak_bytes'] / 1e9, result['peak_of'], records.seconds)
+  logger.info('The trained prompt: %s', kept)
   return result

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax import param_paths
+from prompt_tuning_jax.networks.gpt import GPTConfig
 from prompt_tuning_jax.networks.parameters import parameter_specs
 from prompt_tuning_jax.networks.t5 import T5Config
 from prompt_tuning_jax.prompts.weight_changes import combined, per_example
@@ -35,6 +36,15 @@ def test_ia3_scales_outputs_or_inputs():
                              (scale_in * hidden) @ FROZEN['encoder']['wo']['kernel'], atol=1e-5)
 
 
+def test_ia3_scales_a_bias_with_its_kernel():
+  """What is scaled is the layer's output, W x + b."""
+  biased = {'query': {'kernel': RNG.normal(size=(4, 6)), 'bias': RNG.normal(size=6)}}
+  scale = RNG.normal(size=6)
+  tree = combined({'ia3': {'query': {'kernel': scale}}}, biased)['query']
+  np.testing.assert_allclose(X @ tree['kernel'] + tree['bias'], scale * (
+      X @ biased['query']['kernel'] + biased['query']['bias']), atol=1e-5)
+
+
 def test_without_changes_it_is_merge():
   beside = {'prompt': {'embedding': np.ones((2, 4))}}
   tree, expected = combined(beside, FROZEN), param_paths.merge(beside, FROZEN)
@@ -55,14 +65,15 @@ def test_changes_that_do_not_fit_are_refused(trained, message):
     combined(trained, FROZEN)
 
 
-@pytest.mark.parametrize('activations', [('gelu', 'linear'), ('relu',)])
-def test_a_batch_that_mixes_changes_is_each_alone(activations):
-  config = T5Config(40, 8, 2, 1, 1, 4, 16, mlp_activations=activations)
+@pytest.mark.parametrize('config', [
+    T5Config(40, 8, 2, 1, 1, 4, 16),
+    GPTConfig(40, 8, 2, 1, 4, 16, ('gelu',), max_positions=20, use_bias=True)])
+def test_a_batch_that_mixes_changes_is_each_alone(config):
   draw = lambda *shape: RNG.normal(size=shape).astype(np.float32)
   base = param_paths.unflatten({path: draw(*spec.shape) / np.sqrt(spec.shape[0])
                                 for path, spec in parameter_specs(config).items()})
-  query, wo = 'decoder/layers_0/self_attention/query/kernel', 'encoder/layers_0/mlp/wo/kernel'
-  key = 'decoder/layers_0/encoder_decoder_attention/key/kernel'
+  query, wo = 'decoder/layers_0/self_attention/query/kernel', 'decoder/layers_0/mlp/wo/kernel'
+  key = 'decoder/layers_0/self_attention/key/kernel'
   changes = [param_paths.unflatten(leaves) for leaves in (
       {f'lora/{query}/a': draw(8, 2), f'lora/{query}/b': draw(2, 8), f'ia3/{key}': draw(8)},
       {}, {f'lora/{query}/a': draw(8, 3), f'lora/{query}/b': draw(3, 8), f'lora/{wo}/a':

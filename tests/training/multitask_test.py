@@ -13,7 +13,7 @@ from prompt_tuning_jax.checkpoints import base_checkpoint, prompt_file
 from prompt_tuning_jax.data import mixture
 from prompt_tuning_jax.data.text_file import TextFile
 from prompt_tuning_jax.prompts.prompt_bank import Concatenation, Product, Separate, Sum
-from prompt_tuning_jax.training import run
+from prompt_tuning_jax.training import methods, run
 from prompt_tuning_jax.training.multitask import MultitaskPrompts
 
 pytestmark = pytest.mark.usefixtures('token_dir')
@@ -56,6 +56,8 @@ def test_a_run_and_each_tasks_file(tmp_path, tiny_base, two_tasks, way, capsys):
     np.testing.assert_array_equal(one.params['prompt/embedding'], other.params['prompt/embedding'])
     prompts[task] = one
     assert one.metadata['task'] == task and len(one.metadata['labels']) == 2
+    assert one.metadata['metric'] == {'name': 'accuracy', 'value': last[f'{task}/accuracy'],
+                                      'step': 4}
     # Taken out of the bank, a prompt answers alone as it did among the others.
     cache = next((tmp_path / 'cache' / 'tokens').glob(f'{task}-validation-*'))
     file = tmp_path / 'whole' / 'prompts' / 'last' / f'{task}.safetensors'
@@ -78,6 +80,37 @@ def test_tasks_start_from_what_they_share(tiny_base, way):
   bank = method.model(base.config).prompt.apply({'params': leaves}).reshape(2, 3, 8)
   np.testing.assert_array_equal(bank[0], bank[1])
   np.testing.assert_array_equal(bank[0], leaves['shared'])
+
+
+def test_a_task_that_is_not_evaluated_has_no_score(tmp_path, tiny_base, two_tasks):
+  class Unevaluated(TextFile):
+    """A file of which all is for training."""
+
+    eval_split = None
+
+  reviews, colours = two_tasks.tasks
+  task = mixture.Mixture([Unevaluated(reviews.train_file), colours], mixture.Equal())
+  result = trained(tmp_path / 'model', tiny_base, task, MultitaskPrompts(3), 2)
+  kept = {name: prompt_file.load(f'{result["prompt"]}/{name}.safetensors').metadata
+          for name in ('reviews', 'colours')}
+  assert kept['reviews']['metric'] is None and len(kept['reviews']['labels']) == 2
+  assert kept['colours']['metric']['value'] == result['best_value']
+  # Nor has one prompt of both the labels of one.
+  result = trained(tmp_path / 'one', tiny_base, task, methods.PromptTuning(3), 2)
+  about = prompt_file.load(result['prompt']).metadata
+  assert about['labels'] is None and list(about['tasks']) == ['colours']
+
+
+def test_one_task_is_no_mixture_and_another_way_another_run(tmp_path, tiny_base, two_tasks):
+  with pytest.raises(ValueError, match='need a mixture of at least two'):
+    trained(tmp_path / 'model', tiny_base, two_tasks.tasks[0], MultitaskPrompts(3))
+  with pytest.raises(ValueError, match='COMBINE should be %SUM'):
+    MultitaskPrompts(3, combine='SUM')
+  trained(tmp_path / 'model', tiny_base, two_tasks, MultitaskPrompts(3, combine=Sum()), 2)
+  with pytest.raises(ValueError, match='holds another run: method was'):
+    trained(tmp_path / 'model', tiny_base, two_tasks, MultitaskPrompts(3, combine=Product()), 4)
+  assert eval_verb.main(['--base', str(tiny_base), '--prompt', str(
+      tmp_path / 'model' / 'prompts' / 'best'), '--input', 'none.jsonl']) == 1
 
 
 def test_rows_to_share_must_leave_some(tiny_base):

@@ -47,14 +47,31 @@ def test_a_run_evaluates_and_saves_and_trains_nothing(tmp_path, tiny_base, revie
     assert json.loads(capsys.readouterr().out)['accuracy'] == pytest.approx(result['best_value'])
 
 
+def test_the_runs_seed_draws_and_another_design_is_another_run(tmp_path, tiny_base, reviews):
+  texts = set()
+  for seed in range(3):
+    result = run.train(TextFile(str(reviews)), {'inputs': 24, 'targets': 8},
+                       str(tmp_path / str(seed)), str(tiny_base),
+                       PromptDesign(examples=2, context_length=108), optimizers.adafactor(), 1, 8,
+                       seed=seed)
+    texts.add(prompt_file.load(result['prompt']).metadata['text'])
+  assert len(texts) == 3
+  with pytest.raises(ValueError, match='holds another run: method was'):
+    designed(tmp_path / '0', tiny_base, reviews, examples=1, context_length=108)
+
+
 def test_labels_take_turns_and_the_seed_decides():
   labels = lambda count, seed=0: [ROWS[i]['targets'] for i in chosen(ROWS, count, seed)]
-  for count, each in ((3, [1, 1, 1]), (6, [2, 2, 2]), (9, [4, 2, 3]), (100, [20, 2, 5])):
+  for count, each in ((3, [1, 1, 1]), (6, [2, 2, 2]), (9, [2, 3, 4]), (100, [2, 5, 20])):
     found = labels(count)
-    assert [found.count(label) for label in 'abc'] == each
+    assert sorted(found.count(label) for label in 'abc') == each
+  assert chosen(ROWS, 0, 0) == chosen([], 0, 0) == []
   assert chosen(ROWS, 6, 0) == chosen(ROWS, 6, 0) != chosen(ROWS, 6, 1)
   assert len(set(chosen(ROWS, 100, 0))) == len(ROWS)
   assert len({tuple(labels(6, seed)) for seed in range(9)}) > 1  # Not always in the same order.
+  # Nor always the same labels, where there are more than examples.
+  assert {tuple(sorted(labels(2, seed))) for seed in range(30)} == {
+      ('a', 'b'), ('a', 'c'), ('b', 'c')}
 
 
 def test_examples_that_do_not_fit_are_left_out(tmp_path, tiny_base, reviews, caplog):
@@ -63,5 +80,9 @@ def test_examples_that_do_not_fit_are_left_out(tmp_path, tiny_base, reviews, cap
   assert len(prompt_file.load(result['prompt']).params['prompt/embedding']) <= 88 - 32
   with pytest.raises(ValueError, match='expected from 1 to 0'):
     designed(tmp_path / 'b', tiny_base, reviews, context_length=32)
+  for settings, message in (({'examples': -1}, 'EXAMPLES should be a whole number from 0'),
+                            ({'description': 5}, 'description of a designed prompt should be a')):
+    with pytest.raises(ValueError, match=message):
+      PromptDesign(**settings)
   with pytest.raises(ValueError, match='written with {inputs} and {targets}'):
     designed(tmp_path / 'c', tiny_base, reviews, template='{input}', context_length=108)

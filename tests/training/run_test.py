@@ -67,6 +67,7 @@ def test_what_a_run_cost_is_reported(finished, tiny_base, caplog):
   assert result['trainable_percent'] == pytest.approx(100 * 32 / (weights + 32))
   assert result['bytes']['frozen'] == 4 * weights and result['bytes']['gradients'] == 4 * 32
   assert result['bytes']['optimizer_state'] < 4 * 64  # Adafactor keeps rows and columns, or all.
+  assert (result['saved_parameters'], result['steps']) == (32, 12)
   assert result['saved_bytes'] == (folder / 'prompts' / 'best.safetensors').stat().st_size
   assert 0 < result['seconds_to_best'] <= result['seconds']
   assert result['peak_bytes'] > result['bytes']['frozen']
@@ -78,6 +79,9 @@ def test_no_steps_evaluate_the_start(tmp_path, tiny_base, reviews):
   base = base_checkpoint.load_base(str(tiny_base))
   expected = methods.PromptTuning(length=4).initial(jax.random.key(0), base, None)
   np.testing.assert_array_equal(start, expected['prompt']['embedding'])
+  again = trained(tmp_path / 'model', tiny_base, reviews, 0)
+  assert {name: again[name] for name in ('best_value', 'steps')} == {
+      'best_value': result['best_value'], 'steps': 0}
   lines = [json.loads(line) for line in (tmp_path / 'model' / 'metrics.jsonl').open()]
   assert [(line['step'], line['split']) for line in lines] == [(0, 'validation')]
   assert lines[0]['accuracy'] == result['best_value'] and result['best_step'] == 0
