@@ -17,6 +17,7 @@ from prompt_tuning_jax.partitioning import Partitioner
 from prompt_tuning_jax.predictor import Predictor
 from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts import adapters, prefix
+from prompt_tuning_jax.prompts.places import layers_at
 from prompt_tuning_jax.prompts.soft_prompt import LayeredPrompt, SoftPrompt
 from prompt_tuning_jax.prompts.virtual_tokens import VirtualTokens
 from prompt_tuning_jax.prompts.weight_changes import combined
@@ -96,7 +97,7 @@ def _parts(file: prompt_file.PromptFile,
                             file.metadata.get('placement', 'before'))
   if prefixes := file.under('prefix'):
     length = len(next(iter(prefixes.values()))[0, 0])
-    modules['prefix'] = prefix.DirectPrefix(length, prefix.num_layers(config, prefixes),
+    modules['prefix'] = prefix.DirectPrefix(length, layers_at(prefixes, config.attentions),
                                             config.num_heads, config.head_dim)
   if leaves := file.under('adapter'):
     modules['adapter'] = _adapters(leaves, file.metadata.get('activation', 'gelu'), config)
@@ -121,7 +122,7 @@ def _adapters(leaves: Mapping[str, Array], activation: str,
   width = next((leaf.shape[-1] for path, leaf in leaves.items()
                 if path.endswith('/down') and leaf.ndim), 0)
   places = {path.partition('/')[0] for path in leaves}
-  return adapters.BottleneckAdapters(width, config.emb_dim, adapters.num_layers(config, places),
+  return adapters.BottleneckAdapters(width, config.emb_dim, layers_at(places, config.sublayers),
                                      activation)
 
 

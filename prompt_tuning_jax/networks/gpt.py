@@ -65,12 +65,7 @@ class GPTConfig:
 
   def __post_init__(self):
     object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
-    unknown = set(self.mlp_activations) - set(layers.ACTIVATIONS)
-    if unknown or not self.mlp_activations:
-      raise ValueError(f'mlp_activations must be among {sorted(layers.ACTIVATIONS)}, '
-                       f'got {self.mlp_activations}.')
-    if self.dtype not in ('float32', 'bfloat16'):
-      raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}.")
+    layers.check_settings(self.mlp_activations, self.dtype)
 
   # Where the embedding table is, and the modules that make each place's keys and values.
   embedding = 'decoder/token_embedder/embedding'

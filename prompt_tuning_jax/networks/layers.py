@@ -15,6 +15,14 @@ ACTIVATIONS = {'relu': nn.relu, 'gelu': nn.gelu, 'silu': nn.silu, 'linear': lamb
 FAN_IN = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
 
 
+def check_settings(activations: Sequence[str], dtype: str) -> None:
+  """Raises ValueError for what no network's configuration may have."""
+  if not activations or set(activations) - set(ACTIVATIONS):
+    raise ValueError(f'mlp_activations must be among {sorted(ACTIVATIONS)}, got {activations}.')
+  if dtype not in ('float32', 'bfloat16'):
+    raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}.")
+
+
 def dropout(rate: float, broadcast: bool = True) -> nn.Dropout:
   """T5X's dropout: a feature of an example is dropped at all of its positions or at none."""
   return nn.Dropout(rate, broadcast_dims=(-2,) if broadcast else ())

@@ -1,27 +1,12 @@
 """Adapters: trained bottlenecks behind the sub-layers of a frozen network (Houlsby et al. 2019)."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen import partitioning
 
 from prompt_tuning_jax.types import Array
-
-
-def num_layers(config: Any, places: Iterable[str] | None) -> dict[str, int]:
-  """How many sub-layers of each place a network has; None is all of its places.
-
-  Raises:
-    ValueError: the network has no such place.
-  """
-  unknown = set(places or ()) - set(config.sublayers)
-  if unknown:
-    raise ValueError(f'Adapters stand in some of {tuple(config.sublayers)} in this network, got '
-                     f'{", ".join(sorted(unknown))}: change the `places` of the adapters.')
-  return {place: layers for place, layers in config.sublayers.items()
-          if places is None or place in places}
 
 
 class BottleneckAdapters(nn.Module):

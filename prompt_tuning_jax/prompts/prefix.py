@@ -1,8 +1,7 @@
 """The prefix: trained keys and values of every layer (Li & Liang 2021, section 4)."""
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,20 +11,6 @@ from prompt_tuning_jax.types import Array
 
 AXES = ('layers', 'keys_values', 'prompt', 'heads', 'kv')
 _INIT = nn.initializers.normal(0.02)
-
-
-def num_layers(config: Any, places: Iterable[str] | None) -> dict[str, int]:
-  """How many attentions of each place a network has; None is all of its places.
-
-  Raises:
-    ValueError: the network has no such place.
-  """
-  unknown = set(places or ()) - set(config.attentions)
-  if unknown:
-    raise ValueError(f'A prefix stands in some of {tuple(config.attentions)} in this network, got '
-                     f'{", ".join(sorted(unknown))}: change the `places` of the prefix.')
-  return {place: layers for place, layers in config.attentions.items()
-          if places is None or place in places}
 
 
 class DirectPrefix(nn.Module):

@@ -13,7 +13,8 @@ from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.checkpoints.base_checkpoint import Base
 from prompt_tuning_jax.networks import layers
 from prompt_tuning_jax.prompted_model import PromptedModel
-from prompt_tuning_jax.prompts.adapters import BottleneckAdapters, num_layers
+from prompt_tuning_jax.prompts.adapters import BottleneckAdapters
+from prompt_tuning_jax.prompts.places import layers_at
 from prompt_tuning_jax.training.methods import any_data, bare_network, no_virtual_tokens, save_file
 from prompt_tuning_jax.types import Array, PyTree
 
@@ -130,7 +131,7 @@ class Adapters:
     save_file(path, trained, base, about, method='adapters', activation=self.activation)
 
   def _module(self, config: Any) -> BottleneckAdapters:
-    return BottleneckAdapters(self.width, config.emb_dim, num_layers(config, self.places),
+    return BottleneckAdapters(self.width, config.emb_dim, layers_at(self.places, config.sublayers),
                               self.activation)
 
 

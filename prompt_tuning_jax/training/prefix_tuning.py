@@ -14,7 +14,8 @@ from prompt_tuning_jax.checkpoints import prompt_file
 from prompt_tuning_jax.checkpoints.base_checkpoint import Base
 from prompt_tuning_jax.networks.prefix import PLACES
 from prompt_tuning_jax.prompted_model import PromptedModel
-from prompt_tuning_jax.prompts.prefix import DirectPrefix, ReparameterizedPrefix, num_layers
+from prompt_tuning_jax.prompts.places import layers_at
+from prompt_tuning_jax.prompts.prefix import DirectPrefix, ReparameterizedPrefix
 from prompt_tuning_jax.training.methods import any_data, no_virtual_tokens, save_file
 from prompt_tuning_jax.types import Array, PyTree
 
@@ -115,7 +116,8 @@ class PrefixTuning:
     save_file(path, {'prefix': made}, base, about, method='prefix_tuning', length=self.length)
 
   def _module(self, config: Any) -> nn.Module:
-    shape = (self.length, num_layers(config, self.places), config.num_heads, config.head_dim)
+    layers = layers_at(self.places, config.attentions)
+    shape = (self.length, layers, config.num_heads, config.head_dim)
     if self.width is None:
       return DirectPrefix(*shape)
     return ReparameterizedPrefix(*shape, config.emb_dim, self.width)

@@ -15,9 +15,8 @@ import pytest
 from prompt_tuning_jax import param_paths, prompted_model
 from prompt_tuning_jax.networks import t5
 from prompt_tuning_jax.networks.parameters import parameter_specs
-from prompt_tuning_jax.networks.prefix import PLACES
 from prompt_tuning_jax.prompted_model import PromptedModel
-from prompt_tuning_jax.prompts.prefix import DirectPrefix, num_layers
+from prompt_tuning_jax.prompts.prefix import DirectPrefix
 from prompt_tuning_jax.prompts.soft_prompt import SoftPrompt
 from prompt_tuning_jax.prompts.virtual_tokens import PLACEMENTS, VirtualTokens
 
@@ -307,7 +306,7 @@ def test_a_prefix_in_every_attention_is_that_of_a_patched_torch_t5(kind):
   model = copy.deepcopy(model)
   prefix = {place: (1.5 * np.random.default_rng(i).normal(
       size=(layers, 2, P, config.num_heads, config.head_dim))).astype(np.float32)
-            for i, (place, layers) in enumerate(num_layers(config, PLACES).items())}
+            for i, (place, layers) in enumerate(config.attentions.items())}
   leaves = {place: torch.tensor(array, requires_grad=True) for place, array in prefix.items()}
   for i, block in enumerate(model.encoder.block):
     with_prefix(block.layer[0].SelfAttention, *leaves['encoder'][i])
@@ -321,7 +320,7 @@ def test_a_prefix_in_every_attention_is_that_of_a_patched_torch_t5(kind):
   expected.loss.backward()
 
   ours = PromptedModel(t5.Transformer(config), prefix=DirectPrefix(
-      P, num_layers(config, PLACES), config.num_heads, config.head_dim))
+      P, config.attentions, config.num_heads, config.head_dim))
   made = {'encoder_input_tokens': inputs, 'decoder_input_tokens': shifted(targets),
           'decoder_target_tokens': targets,
           'decoder_loss_weights': (targets > 0).astype(np.float32)}

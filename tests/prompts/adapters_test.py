@@ -8,7 +8,8 @@ import pytest
 from flax.linen import partitioning
 
 from prompt_tuning_jax import param_paths
-from prompt_tuning_jax.prompts.adapters import BottleneckAdapters, num_layers
+from prompt_tuning_jax.prompts.adapters import BottleneckAdapters
+from prompt_tuning_jax.prompts.places import layers_at
 
 CONFIG = types.SimpleNamespace(sublayers={'encoder_mlp': 2, 'decoder_mlp': 3})
 MODULE = BottleneckAdapters(3, 16, CONFIG.sublayers)
@@ -36,7 +37,7 @@ def test_parameters_axes_and_start():
 
 
 def test_places():
-  assert num_layers(CONFIG, None) == CONFIG.sublayers
-  assert num_layers(CONFIG, ('decoder_mlp',)) == {'decoder_mlp': 3}
-  with pytest.raises(ValueError, match=r"some of \('encoder_mlp', 'decoder_mlp'\).*got mlp"):
-    num_layers(CONFIG, ('mlp',))
+  assert layers_at(None, CONFIG.sublayers) == CONFIG.sublayers
+  assert layers_at(('decoder_mlp',), CONFIG.sublayers) == {'decoder_mlp': 3}
+  with pytest.raises(ValueError, match=r"some of the places \('encoder_mlp', 'decoder_mlp'\).*got mlp"):
+    layers_at(('mlp',), CONFIG.sublayers)

@@ -6,7 +6,8 @@ import pytest
 
 from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.networks import t5
-from prompt_tuning_jax.prompts.prefix import DirectPrefix, ReparameterizedPrefix, num_layers
+from prompt_tuning_jax.prompts.places import layers_at
+from prompt_tuning_jax.prompts.prefix import DirectPrefix, ReparameterizedPrefix
 
 LAYERS = {'encoder': 3, 'decoder': 2, 'cross': 2}
 
@@ -38,7 +39,7 @@ def test_a_reparameterized_prefix_is_an_mlp_of_each_position():
 
 def test_places_and_their_layers():
   config = t5.T5Config(8, 4, 1, 3, 2, 4, 4)
-  assert num_layers(config, ('cross', 'encoder')) == {'encoder': 3, 'cross': 2}
+  assert layers_at(('cross', 'encoder'), config.attentions) == {'encoder': 3, 'cross': 2}
 
 
 @pytest.mark.parametrize('module', [

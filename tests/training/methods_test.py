@@ -257,7 +257,7 @@ def test_files_of_another_base_and_broken_ones_are_refused(tmp_path, tiny_base):
     with pytest.raises(ValueError, match=message):
       prompted_base.load(str(tiny_base), str(path))
   method.save(path.with_suffix(''), {'adapter': {'encoder': {'down': np.ones(3)}}}, base, {})
-  with pytest.raises(ValueError, match='Adapters stand in some of'):
+  with pytest.raises(ValueError, match='Expected some of the places'):
     prompted_base.load(str(tiny_base), str(path))
   unknown = prompt_file.load(path)
   prompt_file.save(path, prompt_file.PromptFile(unknown.params,
@@ -282,7 +282,7 @@ def test_files_of_another_base_and_broken_ones_are_refused(tmp_path, tiny_base):
     (lambda: Adapters(places='encoder_mlp'), 'places must be a list'),
     (lambda: Adapters(places=()), 'places must be a list'),
     (lambda: Adapters(activation='cos'), 'activation must be one of'),
-    (lambda: Adapters(places=('mlp',)).model(CONFIG), 'Adapters stand in some of')])
+    (lambda: Adapters(places=('mlp',)).model(CONFIG), 'Expected some of the places')])
 def test_settings_that_cannot_be_are_told(make, message):
   with pytest.raises(ValueError, match=message):
     make()
