@@ -56,21 +56,20 @@ def cell(reports: list[dict]) -> dict:
   each = lambda name: statistics.median(report[name] for report in reports)
   return {'metric': reports[0]['metric'], 'scores': scores, 'mean': statistics.mean(scores),
           'deviation': statistics.stdev(scores) if len(scores) > 1 else 0.0,
-          'trainable_parameters': reports[0]['trainable_parameters'],
-          'trainable_percent': reports[0]['trainable_percent'],
-          'saved_bytes': reports[0]['saved_bytes'],
+          **{name: reports[0][name] for name in (
+              'trainable_parameters', 'saved_parameters', 'parameters', 'saved_bytes')},
           **{name: each(name) for name in ('seconds', 'seconds_to_best', 'peak_bytes')}}
 
 
 def table(results: dict[str, dict[str, dict]], tasks: list[str]) -> str:
   """Markdown: a row a method, a column a task."""
   metrics = [next(iter(results.values()))[task]['metric'] for task in tasks]
-  lines = [['method', 'trained', 'share', 'saved', *(
+  lines = [['method', 'trained', 'kept', 'file', *(
       f'{task} {metric}' for task, metric in zip(tasks, metrics, strict=True)), 'seconds a run']]
   for method, cells in results.items():
     first = cells[tasks[0]]
     lines.append([
-        method, f'{first["trainable_parameters"]:,}', f'{first["trainable_percent"]:.3g} %',
+        method, f'{first["trainable_parameters"]:,}', f'{first["saved_parameters"]:,}',
         f'{first["saved_bytes"] / 1024:,.0f} KiB',
         *(f'{cells[task]["mean"]:.1f} ± {cells[task]["deviation"]:.1f}' for task in tasks),
         ' / '.join(f'{cells[task]["seconds"]:.0f}' for task in tasks)])
@@ -90,9 +89,9 @@ def plot(results: dict[str, dict[str, dict]], tasks: list[str], path: pathlib.Pa
   for axis, task in zip(axes[0], tasks, strict=True):
     for method, cells in results.items():
       here = cells[task]
-      axis.errorbar(max(here['trainable_parameters'], 1), here['mean'], here['deviation'],
-                    fmt='o', capsize=3, label=method)
-    axis.set(xscale='symlog', title=task, xlabel='trained parameters',
+      axis.errorbar(here['saved_parameters'], here['mean'], here['deviation'], fmt='o', capsize=3,
+                    label=method)
+    axis.set(xscale='log', title=task, xlabel='parameters kept for a task',
              ylabel=next(iter(results.values()))[task]['metric'])
   axes[0][-1].legend(fontsize='small')
   figure.tight_layout()

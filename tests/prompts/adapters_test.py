@@ -39,5 +39,5 @@ def test_parameters_axes_and_start():
 def test_places():
   assert layers_at(None, CONFIG.sublayers) == CONFIG.sublayers
   assert layers_at(('decoder_mlp',), CONFIG.sublayers) == {'decoder_mlp': 3}
-  with pytest.raises(ValueError, match=r"some of the places \('encoder_mlp', 'decoder_mlp'\).*got mlp"):
+  with pytest.raises(ValueError, match=r"places \('encoder_mlp', 'decoder_mlp'\).*got mlp"):
     layers_at(('mlp',), CONFIG.sublayers)
