@@ -93,9 +93,9 @@ def plot(results: dict[str, dict[str, dict]], tasks: list[str], path: pathlib.Pa
                     label=method)
     axis.set(xscale='log', title=task, xlabel='parameters kept for a task',
              ylabel=next(iter(results.values()))[task]['metric'])
-  axes[0][-1].legend(fontsize='small')
+  axes[0][-1].legend(fontsize='small', loc='upper left', bbox_to_anchor=(1.02, 1))
   figure.tight_layout()
-  figure.savefig(path, dpi=100)
+  figure.savefig(path, dpi=100, bbox_inches='tight')
   pyplot.close(figure)
 
 

@@ -25,8 +25,9 @@ def trained(folder, base, reviews, steps=6, method=PrefixTuning(3, width=7), **s
                        'log_period': 1, **settings})
 
 
-@pytest.mark.parametrize('method', [PrefixTuning(3, width=7), PrefixTuning(3, width=None),
-                                    PrefixTuning(3, ('decoder',), width=None)],
+@pytest.mark.parametrize('method', [
+    pytest.param(PrefixTuning(3, width=7), marks=pytest.mark.slow), PrefixTuning(3, width=None),
+    pytest.param(PrefixTuning(3, ('decoder',), width=None), marks=pytest.mark.slow)],
                          ids=['mlp', 'direct', 'decoder'])
 def test_a_run_its_file_and_its_resume(tmp_path, tiny_base, reviews, method, capsys):
   result = trained(tmp_path / 'whole', tiny_base, reviews, method=method)
