@@ -47,9 +47,10 @@ def verbalize(dataset: tf.data.Dataset, fields: tuple[str, ...], labels: tuple[s
     label = tf.cast(row['label'], tf.int64)
     tf.debugging.Assert(-1 <= label and label < len(labels), [
         'label', label, f'is not among 0 to {len(labels) - 1} ({", ".join(labels)}), nor -1'])
-    text = tf.gather(labels, tf.maximum(label, 0))
+    # A place that is there whatever the label, or the lookup's error may be told first.
+    place = tf.where((0 <= label) & (label < len(labels)), label, len(labels))
     return {'inputs': tf.strings.join(words, separator=' '),
-            'targets': tf.where(label >= 0, text, UNLABELLED),
+            'targets': tf.gather((*labels, UNLABELLED), place),
             'choices': tf.constant(labels), 'label': label,
             **{key: row[key] for key in KEPT if key in row}}
 

@@ -125,9 +125,9 @@ def test_a_copy_with_its_vocabulary_is_the_same_base(folder, tmp_path, theirs):
   assert words.eos_token_id == model.config.eos_token_id == theirs[0].config.eos_token_id
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', [
-    PrefixTuning(3, width=7), pytest.param(methods.DeepPrompt(3, 'end'), marks=pytest.mark.slow),
-    pytest.param(methods.ModelTuning(), marks=pytest.mark.slow)],
+    PrefixTuning(3, width=7), methods.DeepPrompt(3, 'end'), methods.ModelTuning()],
                          ids=lambda method: type(method).__name__)
 def test_table_to_text_from_training_to_generated_text(folder, tmp_path, tfds_data_dir, method):
   """Two steps, evaluated by what is generated, as `eval` does with the file that was saved."""
