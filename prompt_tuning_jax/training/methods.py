@@ -66,6 +66,11 @@ def any_data(method: Any, caches: Sequence[TokenCache], base: Base, vocabulary: 
   return method
 
 
+def placed_tokens(method: Any, num_embeddings: int) -> VirtualTokens:
+  """The `virtual_tokens` of a method with a prompt: what the data path writes into each input."""
+  return VirtualTokens(num_embeddings, method.length, method.placement)
+
+
 def no_virtual_tokens(method: Any, num_embeddings: int) -> None:
   """The `virtual_tokens` of a method that writes nothing into the inputs."""
 
@@ -80,15 +85,11 @@ class PromptTuning:
 
   trainable = ('prompt/.*',)
 
-  for_data = any_data
+  for_data, virtual_tokens = any_data, placed_tokens
 
   def model(self, config: Any) -> PromptedModel:
     """The network with this method's modules around it."""
     return PromptedModel(config.network(), SoftPrompt(self.length, config.emb_dim))
-
-  def virtual_tokens(self, num_embeddings: int) -> VirtualTokens:
-    """What the data path writes into each input."""
-    return VirtualTokens(num_embeddings, self.length, self.placement)
 
   def initial(self, key, base: Base, vocabulary: Any) -> PyTree:
     """The leaves this method adds to the base's tree, from the base's embedding table."""
@@ -116,16 +117,12 @@ class DeepPrompt:
 
   trainable = ('prompt/.*',)
 
-  for_data = any_data
+  for_data, virtual_tokens = any_data, placed_tokens
 
   def model(self, config: Any) -> PromptedModel:
     """The network with this method's modules around it."""
     return PromptedModel(config.network(),
                          LayeredPrompt(config.prompted_layers, self.length, config.emb_dim))
-
-  def virtual_tokens(self, num_embeddings: int) -> VirtualTokens:
-    """What the data path writes into each input."""
-    return VirtualTokens(num_embeddings, self.length, self.placement)
 
   def initial(self, key, base: Base, vocabulary: Any) -> PyTree:
     """The leaves this method adds to the base's tree."""

@@ -72,7 +72,7 @@ class PromptDesign:
     text_of = lambda count: self.separator.join(filter(None, [self.description, *solved[:count]]))
     ids_of = lambda count: vocabulary.encode(text_of(count)) if text_of(count) else []
     fits = lambda count: len(ids_of(count)) <= room
-    kept = max(bisect.bisect_left(range(1, len(solved) + 1), True, key=lambda n: not fits(n)), 0)
+    kept = bisect.bisect_left(range(1, len(solved) + 1), True, key=lambda count: not fits(count))
     ids = ids_of(kept)
     if not ids or len(ids) > room:
       raise ValueError(

@@ -64,10 +64,5 @@ def write(folder: pathlib.Path, report: Mapping[str, Any]) -> None:
     pathlib.Path(temporary).write_text(json.dumps(report, indent=1) + '\n', encoding='utf-8')
 
 
-def read(folder: pathlib.Path) -> dict[str, Any]:
-  """The report of a finished run."""
-  return json.loads((folder / FILE).read_text(encoding='utf-8'))
-
-
 def _bytes(tree: PyTree) -> int:
   return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
