@@ -44,7 +44,8 @@ class Predictor:
     self._vocabulary, self._virtual = vocabulary, virtual
     self._batch_size, self._partitioner = batch_size, partitioner
     self._config, self._max_decode_length = model.network.config, max_decode_length
-    self._rank = jax.jit(functools.partial(prompted_model.candidate_log_likelihoods, model))
+    self._rank = jax.jit(functools.partial(prompted_model.candidate_log_likelihoods, model),
+                         static_argnames='most')
     self._score = jax.jit(functools.partial(prompted_model.log_likelihood, model))
     self._predict = jax.jit(functools.partial(prompted_model.predict, model,
                                               max_length=max_decode_length,
@@ -64,16 +65,15 @@ class Predictor:
     """
     ids = self._choice_ids(choices)
     most = max(map(len, ids))
+    together = batches.round_up(max(sum(map(len, row)) for row in ids), batches.Buckets().targets)
     longest = max(len(tokens) for row in ids for tokens in row)
     self._check_positions(inputs, [longest] * len(inputs))
 
     def run(rows, batch):
-      candidates = np.zeros((len(rows), most, longest), np.int32)
-      for row, i in enumerate(rows):
-        for column, tokens in enumerate(ids[i]):
-          candidates[row, column, :len(tokens)] = tokens
-      put = self._partitioner.put_batch({**batch, 'candidates': candidates})
-      return self._rank(params, put['encoder_input_tokens'], put['candidates'])
+      put = self._partitioner.put_batch(
+          {**batch, **batches.side_by_side([ids[i] for i in rows], together)})
+      return self._rank(params, put['encoder_input_tokens'], put['candidates'], put['segments'],
+                        most=most)
 
     return [scores[:len(row)] for scores, row in zip(self._run(inputs, run), ids, strict=True)]
 

@@ -1,8 +1,10 @@
 """A frozen network with the prompt it is given: loss, scores, predictions."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -10,15 +12,47 @@ from prompt_tuning_jax import objectives
 from prompt_tuning_jax.decoding import sample, token_choice
 from prompt_tuning_jax.networks.adapters import Adapters
 from prompt_tuning_jax.networks.prefix import Prefix
+from prompt_tuning_jax.prompts import weight_changes
 from prompt_tuning_jax.types import Array, Batch, PyTree
+
+
+@flax.struct.dataclass
+class Added:
+  """What is added to a frozen network, given as data: each example of a batch may have its own.
+
+  Attributes:
+    virtual_embeddings: [R, D] or [L, R, D], the rows of all virtual tokens (`networks.layers`).
+    prefix, adapters: with `rows`, those of each example.
+    changes: {path: [K, …]} of the kernels' inputs and outputs (`prompts.weight_changes.stacked`).
+    change_rows: [B] int32, which of the K each example has.
+  """
+
+  virtual_embeddings: Array | None = None
+  prefix: Prefix = Prefix()
+  adapters: Adapters = Adapters()
+  changes: dict[str, Array] = flax.struct.field(default_factory=dict)
+  change_rows: Array | None = None
+
+  def repeated(self, times: int) -> 'Added':
+    """For a batch in which each example stands `times` times in a row."""
+    again = lambda rows: None if rows is None else jnp.repeat(rows, times)
+    return self.replace(prefix=self.prefix.replace(rows=again(self.prefix.rows)),
+                        adapters=self.adapters.replace(rows=again(self.adapters.rows)),
+                        change_rows=again(self.change_rows))
+
+  @property
+  def arguments(self) -> dict[str, Any]:
+    """The network's keyword arguments."""
+    return {'virtual_embeddings': self.virtual_embeddings, 'prefix': self.prefix,
+            'adapters': self.adapters}
 
 
 class PromptedModel(nn.Module):
   """The network and, beside it, the modules that own what is added to it (None adds nothing).
 
   The parameter tree is the network's own with `prompt/…`, `prefix/…` or `adapter/…` added: the base
-  keeps its names. The methods are the network's, without its `virtual_embeddings`, `prefix` and
-  `adapters`.
+  keeps its names. The methods are the network's, but for `added`, which takes the place of
+  its `virtual_embeddings`, `prefix` and `adapters`, and of the modules.
   """
 
   network: nn.Module
@@ -29,37 +63,45 @@ class PromptedModel(nn.Module):
   def setup(self):
     nn.share_scope(self, self.network)
 
-  def _added(self):
-    added = {} if self.prompt is None else {'virtual_embeddings': self.prompt()}
-    if self.prefix is not None:  # One prefix for every example.
-      added['prefix'] = Prefix(**{place: x[:, :, None] for place, x in self.prefix().items()})
-    if self.adapter is not None:  # So too of adapters.
+  def _of_modules(self) -> Added:
+    """What the modules own, the same for every example."""
+    made = {} if self.prompt is None else {'virtual_embeddings': self.prompt()}
+    if self.prefix is not None:
+      made['prefix'] = Prefix(**{place: x[:, :, None] for place, x in self.prefix().items()})
+    if self.adapter is not None:
       leaves = jax.tree.map(lambda leaf: leaf[:, None], self.adapter())
-      added['adapters'] = Adapters(leaves, activation=self.adapter.activation)
-    return added
+      made['adapters'] = Adapters(leaves, activation=self.adapter.activation)
+    return Added(**made)
 
-  def encode(self, *args, **kwargs) -> PyTree:
+  def encode(self, *args, added: Added | None = None, **kwargs) -> PyTree:
     """As the network's `encode`."""
-    return self.network.encode(*args, **kwargs, **self._added())
+    return self.network.encode(*args, **kwargs, **(added or self._of_modules()).arguments)
 
-  def decode(self, *args, **kwargs) -> Array:
+  def decode(self, *args, added: Added | None = None, **kwargs) -> Array:
     """As the network's `decode`."""
-    return self.network.decode(*args, **kwargs, **self._added())
+    return self.network.decode(*args, **kwargs, **(added or self._of_modules()).arguments)
 
-  def __call__(self, *args, **kwargs) -> Array:
+  def __call__(self, *args, added: Added | None = None, **kwargs) -> Array:
     """As the network's `__call__`."""
-    return self.network(*args, **kwargs, **self._added())
+    return self.network(*args, **kwargs, **(added or self._of_modules()).arguments)
+
+
+def variables_of(params: PyTree, added: Added | None) -> PyTree:
+  """What `model.apply` takes: the parameters, and changes of them for each example."""
+  if added is None or not added.changes:
+    return {'params': params}
+  return {'params': params, 'changes': weight_changes.of_rows(added.changes, added.change_rows)}
 
 
 def logits(model: PromptedModel, params: PyTree, batch: Batch,
-           dropout_key: Array | None = None) -> Array:
+           dropout_key: Array | None = None, added: Added | None = None) -> Array:
   """Teacher-forced logits [B, S, V] float32; dropout only with a key."""
   optional = ('encoder_segment_ids', 'decoder_segment_ids', 'encoder_positions',
               'decoder_positions')
   return model.apply(
-      {'params': params}, batch['encoder_input_tokens'], batch['decoder_input_tokens'],
+      variables_of(params, added), batch['encoder_input_tokens'], batch['decoder_input_tokens'],
       batch['decoder_target_tokens'], **{name: batch[name] for name in optional if name in batch},
-      enable_dropout=dropout_key is not None,
+      enable_dropout=dropout_key is not None, added=added,
       rngs=None if dropout_key is None else {'dropout': dropout_key})
 
 
@@ -81,15 +123,17 @@ def loss(model: PromptedModel, params: PyTree, batch: Batch, dropout_key: Array 
   return mean(objectives.cross_entropy(outputs, targets, z_loss, label_smoothing)), metrics
 
 
-def log_likelihood(model: PromptedModel, params: PyTree, batch: Batch) -> Array:
+def log_likelihood(model: PromptedModel, params: PyTree, batch: Batch,
+                   added: Added | None = None) -> Array:
   """log p(targets | inputs) in nats, summed over each row's weighted tokens: [B] float32."""
-  tokens = objectives.token_log_likelihood(logits(model, params, batch),
+  tokens = objectives.token_log_likelihood(logits(model, params, batch, added=added),
                                            batch['decoder_target_tokens'])
   return jnp.sum(tokens * batch['decoder_loss_weights'], axis=-1)
 
 
 def candidate_log_likelihoods(model: PromptedModel, params: PyTree, encoder_input_tokens: Array,
-                              candidates: Array) -> Array:
+                              candidates: Array, segments: Array, most: int,
+                              added: Added | None = None) -> Array:
   """log p(candidate | input) in nats for each candidate of each input.
 
   The inputs are encoded once, and so are the decoder's keys and values of them: the candidates
@@ -97,23 +141,25 @@ def candidate_log_likelihoods(model: PromptedModel, params: PyTree, encoder_inpu
 
   Args:
     encoder_input_tokens: [B, T] int32.
-    candidates: [B, C, S] int32, each with its end-of-sequence id, then 0.
+    candidates: [B, S] int32, an input's candidates side by side, each with its end-of-sequence id.
+    segments: [B, S] int32, 1 to `most`: the number of the candidate that a token belongs to; 0 is
+      padding.
 
   Returns:
-    [B, C] float32; -inf where a candidate is all padding.
+    [B, most] float32; -inf where there is no such candidate.
   """
-  batch, count, length = candidates.shape
-  starts = jnp.zeros((batch, count, 1), candidates.dtype)
-  inputs = jnp.concatenate([starts, candidates[..., :-1]], axis=-1).reshape(batch, -1)
-  targets = candidates.reshape(batch, -1)
-  segments = jnp.broadcast_to(jnp.repeat(jnp.arange(1, count + 1), length), targets.shape)
-  encoded = model.apply({'params': params}, encoder_input_tokens, enable_dropout=False,
+  same = segments[:, 1:] == segments[:, :-1]
+  inputs = jnp.pad(jnp.where(same, candidates[:, :-1], 0), ((0, 0), (1, 0)))
+  variables = variables_of(params, added)
+  encoded = model.apply(variables, encoder_input_tokens, enable_dropout=False, added=added,
                         method='encode')
-  outputs = model.apply({'params': params}, encoded, encoder_input_tokens, inputs, targets,
-                        decoder_segment_ids=segments, enable_dropout=False, method='decode')
-  tokens = objectives.token_log_likelihood(outputs, targets) * (targets > 0)
-  sums = jnp.sum(tokens.reshape(candidates.shape), axis=-1)
-  return jnp.where(jnp.any(candidates > 0, axis=-1), sums, -jnp.inf)
+  outputs = model.apply(variables, encoded, encoder_input_tokens, inputs, candidates,
+                        decoder_segment_ids=segments, enable_dropout=False, added=added,
+                        method='decode')
+  tokens = objectives.token_log_likelihood(outputs, candidates)
+  belongs = segments[:, :, None] == jnp.arange(1, most + 1)
+  sums = jnp.sum(jnp.where(belongs, tokens[:, :, None], 0.0), axis=1)
+  return jnp.where(jnp.any(belongs, axis=1), sums, -jnp.inf)
 
 
 def predict(model: PromptedModel, params: PyTree, encoder_input_tokens: Array, max_length: int,

@@ -9,7 +9,7 @@ import pytest
 from flax.linen import partitioning
 
 from prompt_tuning_jax import objectives, param_paths, prompted_model
-from prompt_tuning_jax.data import packing
+from prompt_tuning_jax.data import batches, packing
 from prompt_tuning_jax.networks import parameters, t5
 from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts.soft_prompt import SoftPrompt
@@ -67,7 +67,8 @@ logits = jit(prompted_model.logits)
 loss = jax.jit(prompted_model.loss, static_argnames=('model', 'z_loss', 'label_smoothing'))
 log_likelihood = jit(prompted_model.log_likelihood)
 predict = jax.jit(prompted_model.predict, static_argnums=(0, 3))
-candidate_log_likelihoods = jit(prompted_model.candidate_log_likelihoods)
+candidate_log_likelihoods = jax.jit(prompted_model.candidate_log_likelihoods,
+                                   static_argnums=(0, 5))
 
 
 @functools.cache
@@ -256,29 +257,29 @@ def test_log_likelihood_is_the_loss_summed():
                              rtol=1e-5)
 
 
+def scores_of(rows, width=24, most=3):
+  """The candidates of each input, as arrays of ids -> [B, most]."""
+  packed = batches.side_by_side(rows, width)
+  return candidate_log_likelihoods(MODEL, PARAMS, BATCH['encoder_input_tokens'],
+                                   packed['candidates'], packed['segments'], most)
+
+
 def test_candidates_score_as_each_pair_alone():
-  """Candidates of unequal length; rows with fewer candidates are padded and score -inf."""
-  sizes = [(3, 1, 8), (8, 2, 2), (5, 0, 0)]
-  candidates = np.stack([padded([RNG.integers(2, V, n) for n in row], TARGET_WIDTH)
-                         for row in sizes])
-  inputs = BATCH['encoder_input_tokens']
-  scores = candidate_log_likelihoods(MODEL, PARAMS, inputs, candidates)
+  """Candidates of unequal length; where there is none the score is -inf."""
+  rows = [[RNG.integers(2, V, n) for n in sizes] for sizes in ((3, 1, 8), (8, 2, 2), (5,))]
+  scores = scores_of(rows)
   assert scores.shape == (3, 3) and scores.dtype == jnp.float32
   for c in range(3):
-    batch = {**make_batch(placed(), [row[row > 0] for row in candidates[:, c]])}
-    expected = np.where([row[c] > 0 for row in sizes], log_likelihood(MODEL, PARAMS, batch),
+    batch = make_batch(placed(), [row[min(c, len(row) - 1)] for row in rows])
+    expected = np.where([c < len(row) for row in rows], log_likelihood(MODEL, PARAMS, batch),
                         -np.inf)
     np.testing.assert_allclose(scores[:, c], expected, rtol=2e-5)
 
 
 def test_the_order_and_padding_of_candidates_do_not_matter():
-  candidates = np.stack([padded(LABELS, TARGET_WIDTH)] * 3)
-  inputs = BATCH['encoder_input_tokens']
-  scores = candidate_log_likelihoods(MODEL, PARAMS, inputs, candidates)
-  turned = candidate_log_likelihoods(MODEL, PARAMS, inputs, candidates[:, ::-1])
-  np.testing.assert_allclose(turned, scores[:, ::-1], rtol=2e-5)
-  wider = np.pad(candidates, ((0, 0), (0, 1), (0, 4)))
-  more = candidate_log_likelihoods(MODEL, PARAMS, inputs, wider)
+  scores = scores_of([LABELS] * 3)
+  np.testing.assert_allclose(scores_of([LABELS[::-1]] * 3), scores[:, ::-1], rtol=2e-5)
+  more = scores_of([LABELS] * 3, width=31, most=4)
   np.testing.assert_allclose(more[:, :3], scores, rtol=2e-5)
   assert np.all(np.isneginf(more[:, 3]))
 

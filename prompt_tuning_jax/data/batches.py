@@ -169,9 +169,24 @@ def batch_of(inputs: Sequence[Sequence[int]], targets: Sequence[Sequence[int]],
   for lists in (inputs, targets):
     arrays += [np.array([i for ids in lists for i in ids], np.int32),
                np.cumsum([0, *map(len, lists)])]
-  widths = [_round_up(np.diff(offsets).max(), widths, None)
+  widths = [round_up(np.diff(offsets).max(), widths)
             for offsets, widths in ((arrays[1], buckets.inputs), (arrays[3], buckets.targets))]
   return _assemble(*arrays, np.arange(len(inputs)), widths, virtual)
+
+
+def side_by_side(candidates: Sequence[Sequence[Sequence[int]]], width: int,
+                 ) -> dict[str, np.ndarray]:
+  """The candidates of each input in one row: ids with EOS -> `candidates`, `segments` [B, width].
+
+  A segment is the number of a candidate among its input's, from 1; 0 is padding.
+  """
+  batch = {name: np.zeros((len(candidates), width), np.int32)
+           for name in ('candidates', 'segments')}
+  for i, row in enumerate(candidates):
+    ids = [token for tokens in row for token in tokens]
+    batch['candidates'][i, :len(ids)] = ids
+    batch['segments'][i, :len(ids)] = np.repeat(np.arange(1, len(row) + 1), list(map(len, row)))
+  return batch
 
 
 def _assemble(input_tokens, input_offsets, target_tokens, target_offsets, rows: np.ndarray,
@@ -227,11 +242,12 @@ def _prompt_begins(virtual: VirtualTokens, length: int) -> int:
 def _widths(longest_input: int, longest_target: int, caches: Sequence[TokenCache],
             buckets: Buckets) -> tuple[int, int]:
   limits = [cache.meta['lengths'] for cache in caches]
-  return (_round_up(longest_input, buckets.inputs, max(n['inputs'] for n in limits)),
-          _round_up(longest_target, buckets.targets, max(n['targets'] for n in limits)))
+  return (round_up(longest_input, buckets.inputs, max(n['inputs'] for n in limits)),
+          round_up(longest_target, buckets.targets, max(n['targets'] for n in limits)))
 
 
-def _round_up(longest: int, buckets: Sequence[int], limit: int | None) -> int:
+def round_up(longest: int, buckets: Sequence[int], limit: int | None = None) -> int:
+  """The narrowest of `buckets` that is wide enough, but no more than `limit`."""
   wide_enough = [width for width in buckets if width >= longest]
   if wide_enough:
     return min(wide_enough[0], limit or wide_enough[0])

@@ -80,7 +80,7 @@ class Embed(nn.Module):
 class Dense(nn.Module):
   """A matrix product and a bias, if any: [..., in] -> [..., features] of `out_dtype` or `dtype`.
 
-  A collection `changes` (`prompts.weight_changes.per_example`) changes the kernel for each example
+  A collection `changes` (`prompts.weight_changes.of_rows`) changes the kernel for each example
   of a batch on its own: `lora_a` [B, in, r] and `lora_b` [B, r, features] are added to it, `ia3_in`
   [B, in] scales its inputs and `ia3` [B, features] its outputs.
   """

@@ -45,15 +45,11 @@ def combined(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> PyTree:
   return param_paths.merge(param_paths.unflatten(leaves), param_paths.unflatten(beside))
 
 
-def per_example(changes: Sequence[Mapping[str, Any]], rows: Array) -> PyTree:
-  """The collection `changes` that gives every example of a batch its own change of the kernels.
+def stacked(changes: Sequence[Mapping[str, Any]]) -> dict[str, Array]:
+  """K changes of the same kernels as one: {MODULE/NAME: [K, …]}, as `of_rows` takes them.
 
   Args:
     changes: K trees of trained leaves; what one of them does not change, or {}, stays the base's.
-    rows: [B] int, which of them each example has.
-
-  Returns:
-    What `model.apply({'params': frozen, 'changes': …})` takes beside the frozen leaves.
 
   Raises:
     ValueError: a leaf is none of such a change (a prompt, say): it has ways of its own to mix.
@@ -69,9 +65,22 @@ def per_example(changes: Sequence[Mapping[str, Any]], rows: Array) -> PyTree:
     shapes = [leaf.shape for leaf in given if leaf is not None]
     shape = tuple(max(sizes) for sizes in zip(*shapes, strict=True))  # Ranks may differ.
     neutral = jnp.zeros(shape) if kind == 'lora' else jnp.ones(shape)
-    stacked = jnp.stack([neutral if leaf is None else _padded(leaf, shape) for leaf in given])
-    collection[f'{module}/{kind}{name.replace("/", "_")}'] = stacked[rows]
-  return param_paths.unflatten(collection)
+    collection[f'{module}/{kind}{name.replace("/", "_")}'] = jnp.stack(
+        [neutral if leaf is None else _padded(leaf, shape) for leaf in given])
+  return collection
+
+
+def of_rows(changes: Mapping[str, Array], rows: Array) -> PyTree:
+  """The collection `changes` that gives every example of a batch its own change of the kernels.
+
+  Args:
+    changes: of `stacked`.
+    rows: [B] int, which of the K each example has.
+
+  Returns:
+    What `model.apply({'params': frozen, 'changes': …})` takes beside the frozen leaves.
+  """
+  return param_paths.unflatten({path: leaf[rows] for path, leaf in changes.items()})
 
 
 def _padded(leaf: Array, shape: tuple[int, ...]) -> Array:

@@ -10,7 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from prompt_tuning_jax import objectives, param_paths, prompted_model
-from prompt_tuning_jax.data import packing
+from prompt_tuning_jax.data import batches, packing
 from prompt_tuning_jax.networks import gpt, parameters
 from prompt_tuning_jax.networks.adapters import Adapters
 from prompt_tuning_jax.networks.prefix import Prefix
@@ -226,15 +226,14 @@ logits_of = jax.jit(prompted_model.logits, static_argnums=0)
 def test_candidates_score_as_each_pair_alone(kind):
   """Together they are longer than the network has positions."""
   model, params = prompted(kind)
-  sizes = [(3, 1, 8), (8, 2, 2), (5, 0, 0)]
-  candidates = np.stack([padded([RNG.integers(2, V, n) for n in row], 9) for row in sizes])
-  texts = placed(TEXTS, 'end')
-  scores = jax.jit(functools.partial(prompted_model.candidate_log_likelihoods, model))(
-      params, padded(texts, 15), candidates)
+  rows = [[RNG.integers(2, V, n) for n in sizes] for sizes in ((3, 1, 8), (8, 2, 2), (5,))]
+  packed, texts = batches.side_by_side(rows, 14), placed(TEXTS, 'end')
+  scores = jax.jit(functools.partial(prompted_model.candidate_log_likelihoods, model, most=3))(
+      params, padded(texts, 15), packed['candidates'], packed['segments'])
   alone = jax.jit(functools.partial(prompted_model.log_likelihood, model))
   for c in range(3):
-    expected = alone(params, make_batch(texts, [row[row > 0] for row in candidates[:, c]]))
-    np.testing.assert_allclose(scores[:, c], np.where([row[c] > 0 for row in sizes], expected,
+    expected = alone(params, make_batch(texts, [row[min(c, len(row) - 1)] for row in rows]))
+    np.testing.assert_allclose(scores[:, c], np.where([c < len(row) for row in rows], expected,
                                                       -np.inf), rtol=2e-5)
 
 

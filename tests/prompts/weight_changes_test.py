@@ -8,7 +8,7 @@ from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.networks.gpt import GPTConfig
 from prompt_tuning_jax.networks.parameters import parameter_specs
 from prompt_tuning_jax.networks.t5 import T5Config
-from prompt_tuning_jax.prompts.weight_changes import combined, per_example
+from prompt_tuning_jax.prompts.weight_changes import combined, of_rows, stacked
 
 RNG = np.random.default_rng(0)
 FROZEN = {'encoder': {'query': {'kernel': RNG.normal(size=(4, 6))},
@@ -83,10 +83,10 @@ def test_a_batch_that_mixes_changes_is_each_alone(config):
   model = config.network()
   run = lambda variables, *tokens: np.asarray(
       model.apply(variables, *tokens, enable_dropout=False))
-  mixed = run({'params': base, 'changes': per_example(changes, rows)}, *tokens)
+  mixed = run({'params': base, 'changes': of_rows(stacked(changes), rows)}, *tokens)
   assert np.abs(mixed - run({'params': base}, *tokens)).max(axis=(1, 2))[[0, 1, 3, 4]].min() > 0.01
   for i, row in enumerate(rows):
     alone = run({'params': combined(changes[row], base)}, *(x[i:i + 1] for x in tokens))
     np.testing.assert_allclose(mixed[i], alone[0], rtol=1e-4, atol=1e-4)
   with pytest.raises(ValueError, match='prompt/embedding does not change a kernel'):
-    per_example([{'prompt': {'embedding': draw(2, 8)}}], rows)
+    stacked([{'prompt': {'embedding': draw(2, 8)}}])
