@@ -10,7 +10,8 @@ from prompt_tuning_jax import verb
 ABOUT = ('Computes the metrics of a file or of a SeqIO task, and prints them as one JSON object. A '
          'row of a file has "inputs" and "targets" (texts) or "input_tokens" and "target_tokens" '
          '(ids ending in the end-of-sequence id). Labels, where the prompt or the task has them, '
-         'are ranked; other targets are generated.')
+         'are ranked; other targets are generated. With --prompts, a folder of prompts of one '
+         'task, each answers every example: their average, the best, and both ensembles.')
 
 Answered = tuple[str, dict[str, float], list[dict[str, Any]]]
 
@@ -18,7 +19,10 @@ Answered = tuple[str, dict[str, float], list[dict[str, Any]]]
 def evaluate(flags, prompted) -> None:
   """Prints the metrics; writes every example with its prediction to flags.output."""
   from prompt_tuning_jax.checkpoints.atomic_write import atomic_file
+  from prompt_tuning_jax.training import ensemble
   name, values, rows = (_task if flags.task else _file)(flags, prompted)
+  if flags.prompts:
+    print(ensemble.table(values), file=sys.stderr)
   if flags.output:
     with atomic_file(flags.output) as temporary, open(temporary, 'w', encoding='utf-8') as file:
       for row in rows:
@@ -36,7 +40,10 @@ def _task(flags, prompted) -> Answered:
   lengths = {'inputs': flags.max_input_length, 'targets': flags.max_decode_length}
   cache = token_cache.open_or_build(task, task.eval_split, prompted.vocabulary, lengths)
   evaluator = Evaluator(prompted.predictor, cache, rank_labels=not flags.decode)
-  values = evaluator(prompted.params).values
+  if prompted.bank:
+    values = evaluator.ensemble(prompted.params, prompted.bank)[1]
+  else:
+    values = evaluator(prompted.params).values
   return task.name, {'examples': cache.num_examples, **values}, evaluator.answered()
 
 
@@ -45,6 +52,7 @@ def _file(flags, prompted) -> Answered:
   import numpy as np
 
   from prompt_tuning_jax import jsonl, metrics
+  from prompt_tuning_jax.training import ensemble
   rows = list(jsonl.rows(flags.input))
   if not rows:
     raise ValueError(f'{flags.input} has no rows.')
@@ -54,12 +62,21 @@ def _file(flags, prompted) -> Answered:
   for (place, _), target in zip(rows, targets, strict=True):
     if labels and target not in labels:
       raise ValueError(f'{place}: the target {target!r} is none of the labels {labels}.')
-  if labels and not flags.decode:
-    ranked = prompted.predictor.rank(prompted.params, inputs, [labels] * len(inputs))
-    predictions = [labels[int(np.argmax(scores))] for scores in ranked]
+  measured = metrics.accuracy if labels else metrics.exact_match
+  choices = [labels] * len(inputs) if labels and not flags.decode else None
+  predictor, params = prompted.predictor, prompted.params
+  if prompted.bank:
+    given = ensemble.answers(predictor, params, prompted.bank, inputs, choices)
+    predictions = given.majority_vote
+    values = ensemble.report(given, lambda texts: measured(targets, texts),
+                             lambda of: next(iter(of.values())))
   else:
-    predictions = prompted.predictor.generate(prompted.params, inputs)
-  values = (metrics.accuracy if labels else metrics.exact_match)(targets, predictions)
+    if choices:
+      ranked = predictor.rank(params, inputs, choices)
+      predictions = [labels[int(np.argmax(scores))] for scores in ranked]
+    else:
+      predictions = predictor.generate(params, inputs)
+    values = measured(targets, predictions)
   answered = [{**row, 'prediction': text} for (_, row), text in zip(rows, predictions, strict=True)]
   name = pathlib.Path(flags.input).name.removesuffix('.gz')
   return pathlib.Path(name).stem, {'examples': len(rows), **values}, answered
@@ -82,14 +99,19 @@ def _labels(prompted, targets: list[str]) -> list[str]:
   import collections
 
   from prompt_tuning_jax.data import text_file
-  if prompted.metadata:
-    return prompted.metadata.get('labels') or []
+  known = [file.metadata for file in prompted.bank.files.values()] if prompted.bank else [
+      prompted.metadata]
+  told = {tuple(metadata['labels'] or ()) for metadata in known if 'labels' in metadata}
+  if len(told) > 1:
+    raise ValueError(f'The prompts have different labels, so they are no ensemble: {sorted(told)}.')
+  if told:
+    return list(told.pop())
   return text_file.labels_among(collections.Counter(targets))
 
 
 def main(argv: list[str]) -> int:
   """Returns the exit status."""
-  made = verb.parser('eval', ABOUT)
+  made = verb.parser('eval', ABOUT, bank='an ensemble, all of one task')
   what = made.add_mutually_exclusive_group(required=True)
   what.add_argument('--input', type=verb.path, metavar='FILE.jsonl',
                     help='one JSON object a line (or .csv, .tsv; also .gz)')

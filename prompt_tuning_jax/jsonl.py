@@ -1,17 +1,31 @@
 """Files of one JSON object a line, read and answered in parts that fit in memory."""
 
+import contextlib
+import hashlib
 import json
-from collections.abc import Callable, Iterator
-from typing import Any
+import logging
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO
 
-from prompt_tuning_jax.checkpoints.atomic_write import atomic_file
+from tqdm import tqdm
+
+from prompt_tuning_jax.checkpoints import partial_file
 from prompt_tuning_jax.data import text_file
 
-CHUNK = 4096  # rows in memory at a time
+logger = logging.getLogger(__name__)
+
+# A part ends at so many rows, or as soon as it has so many bytes of text. Its rows are sorted into
+# batches: were it 1,024 rows, batches of 128 short texts would be half padding.
+CHUNK, MOST_BYTES = 4096, 16 << 20
+DELAY, SECONDS = 2, 30  # until there is a bar; between lines of progress without a terminal
 Row = dict[str, Any]
+Placed = tuple[str, Row]
 
 
-def rows(path: str) -> Iterator[tuple[str, Row]]:
+def rows(path: str) -> Iterator[Placed]:
   """('FILE, line N', fields) of every row of JSON lines (or CSV, TSV, .gz, as the name says).
 
   Raises:
@@ -22,39 +36,106 @@ def rows(path: str) -> Iterator[tuple[str, Row]]:
     yield place, row
 
 
-def answer_file(source: str, target: str,
-                answer: Callable[[list[tuple[str, Row]]], list[Row]]) -> int:
+def answer_file(source: str, target: str, answer: Callable[[list[Placed]], list[Row]], *,
+                settings: Mapping[str, Any] | None = None) -> int:
   """Writes to `target` the rows of `source`, each with what `answer` adds; returns their number.
 
   `answer` gets [(place, row), …] and returns one object a row. `target` appears when it is whole.
+  Until then TARGET.partial grows; after a kill or an error, the next call keeps its parts up to the
+  first whose rows in `source` have changed, and goes on from there.
+
+  Args:
+    settings: what the answers depend on besides the rows, as JSON; answers given under other
+      settings are not kept. Without settings every call starts over.
+
+  Raises:
+    ValueError: for a row that cannot be read, no rows at all, a full disk, a target that is the
+      source, or one that another process is writing.
   """
-  count, part = 0, []
-  with atomic_file(target) as temporary, open(temporary, 'w', encoding='utf-8') as file:
-
-    def flush():
-      for (place, row), added in zip(part, answer(part), strict=True):
-        file.write(_line(place, {**row, **added}))
-      file.flush()
-      part.clear()
-
-    for placed in rows(source):
-      part.append(placed)
-      count += 1
-      if len(part) == CHUNK:
-        flush()
-    if part:
-      flush()
+  path, count = pathlib.Path(source).expanduser(), 0
+  with (open(path, 'rb') as file, _output(path, target, settings) as output,
+        _progress(file) as show):
+    for part, sha256 in _parts(source, file):
+      is_new = not output.has(len(part), sha256)
+      if is_new:
+        answered = zip(part, answer(part), strict=True)
+        lines = [_line(place, {**row, **added}) for (place, row), added in answered]
+        output.add(len(part), sha256, b''.join(lines))
+      count += len(part)
+      show(count, is_new)
     if not count:
       raise ValueError(f'{source} has no rows.')
+    output.finish()
   return count
 
 
-def _line(place: str, row: Row) -> str:
+def _output(source: pathlib.Path, target: str, settings: Mapping[str, Any] | None,
+            ) -> partial_file.PartialFile | partial_file.Stream:
+  if os.path.exists(target) and not os.path.isfile(target):
+    return partial_file.Stream(target)
+  for path in (pathlib.Path(target), partial_file.beside(target)):
+    if path.exists() and path.samefile(source):
+      raise ValueError(f'{source} would be written over: name another target.')
+  return partial_file.PartialFile(target, settings)
+
+
+def _parts(source: str, file: BinaryIO) -> Iterator[tuple[list[Placed], str]]:
+  """(rows, SHA-256 of all that their answers may depend on), none of them empty.
+
+  That is the fields and the number of the line, but neither the file's name nor how it is written.
+  Equal rows make equal parts: a resumed run has the batches of an uninterrupted one, and so its
+  very digits.
+  """
+  part, digest, size = [], hashlib.sha256(), 0
+  for place, row in text_file.read_rows(source, otherwise='JSON', file=file):
+    line = _line(place, row)
+    digest.update(place.removeprefix(source).encode() + b':' + line)
+    size += len(line)
+    part.append((place, row))
+    if len(part) == CHUNK or size >= MOST_BYTES:
+      yield part, digest.hexdigest()
+      part, digest, size = [], hashlib.sha256(), 0
+  if part:
+    yield part, digest.hexdigest()
+
+
+def _line(place: str, row: Row) -> bytes:
   try:
-    text = json.dumps(row, ensure_ascii=False) + '\n'
-    text.encode('utf-8')
+    return (json.dumps(row, ensure_ascii=False) + '\n').encode('utf-8')
   except UnicodeEncodeError:
     raise ValueError(f'{place}: half a surrogate pair, which is no character.') from None
   except RecursionError:
     raise ValueError(f'{place}: brackets are nested too deeply.') from None
-  return text
+
+
+@contextlib.contextmanager
+def _progress(file: BinaryIO) -> Iterator[Callable[[int, bool], None]]:
+  """Gives show(rows, is_new): a bar on a terminal, a line now and then elsewhere.
+
+  What is left is told by the bytes of `file`, compressed ones too; a pipe does not tell.
+  """
+  total = os.fstat(file.fileno()).st_size if file.seekable() else 0
+  start, last = (time.monotonic(), 0, 0), time.monotonic()  # rows and bytes when the work began
+  form = '{percentage:3.0f}%|{bar}| {desc}' if total else '{desc}'
+  with tqdm(total=total or None, bar_format=form, disable=None, delay=DELAY, miniters=0,
+            leave=False) as bar:
+
+    def show(rows: int, is_new: bool) -> None:
+      nonlocal start, last
+      now, position = time.monotonic(), file.tell() if total else 0
+      if not is_new:
+        start = now, rows, position
+      seconds, text = max(now - start[0], 1e-9), f'{rows:,} rows'
+      if rows > start[1]:
+        rate = (rows - start[1]) / seconds
+        text += f', {rate:,.0f} rows/s' if rate >= 10 else f', {rate:.2f} rows/s'
+      if position > start[2]:
+        left = (total - position) / (position - start[2]) * seconds
+        text += f', {tqdm.format_interval(left)} left'
+      bar.set_description_str(text, refresh=False)
+      bar.update(position - bar.n)
+      if bar.disable and now - last >= SECONDS:
+        logger.info('%s', text)
+        last = now
+
+    yield show

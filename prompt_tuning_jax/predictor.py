@@ -1,10 +1,12 @@
 """Answers of a prompted model to any number of inputs: ranked choices, generated text, scores.
 
 Inputs are sorted by length into batches of a few static shapes, so padding is little and nothing
-compiles twice; answers come back in the order of the inputs.
+compiles twice; answers come back in the order of the inputs. With a bank of prompts every input may
+have a prompt of its own, and one batch holds many.
 """
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,13 +17,68 @@ import numpy as np
 from prompt_tuning_jax import prompted_model
 from prompt_tuning_jax.data import batches
 from prompt_tuning_jax.data.vocabulary import Vocabulary
+from prompt_tuning_jax.decoding import beam_search, stop_strings, token_choice
 from prompt_tuning_jax.partitioning import Partitioner
-from prompt_tuning_jax.prompted_model import PromptedModel
+from prompt_tuning_jax.prompt_bank import PromptBank, Slot
+from prompt_tuning_jax.prompted_model import Added, PromptedModel
 from prompt_tuning_jax.prompts.virtual_tokens import VirtualTokens
-from prompt_tuning_jax.types import Array, Batch, PyTree
+from prompt_tuning_jax.types import Batch, PyTree
 
 Tokens = np.ndarray | Sequence[int]
 NO_TARGET = (1,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+  """How texts are generated: greedily, unless told otherwise.
+
+  Args:
+    num_samples: texts of each input; more than one are drawn, or the best of the beams.
+    temperature: 0 takes the most probable token, 1 draws from the model's distribution.
+    top_k, top_p: what is drawn from (`token_choice.Sampling`); 0 and 1 are all.
+    num_beams, length_penalty: width of the beam search, and its alpha (`beam_search`,
+      BrevityPenalty, T5X's).
+    stop: texts that end a text, and are cut off.
+    seed: with the number of an input, decides what is drawn.
+  """
+
+  num_samples: int = 1
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  num_beams: int = 1
+  length_penalty: float = 0.6
+  stop: tuple[str, ...] = ()
+  seed: int = 0
+
+  def __post_init__(self):
+    expect = lambda holds, text: _raise(f'{text}.') if not holds else None
+    expect(self.num_samples >= 1, f'num_samples should be at least 1, got {self.num_samples}')
+    expect(0 <= self.temperature < float('inf'),
+           f'temperature should be 0 or more, got {self.temperature}')
+    expect(self.top_k >= 0, f'top_k should be 0 (all) or more, got {self.top_k}')
+    expect(0 < self.top_p <= 1, f'top_p should be above 0 and at most 1, got {self.top_p}')
+    expect(self.num_beams >= 1, f'num_beams should be at least 1, got {self.num_beams}')
+    expect(self.num_beams == 1 or not self.temperature,
+           'Beams are searched or tokens drawn: give num_beams or temperature, not both')
+    expect(self.num_beams == 1 or self.num_samples <= self.num_beams,
+           f'{self.num_beams} beams give no {self.num_samples} texts: raise num_beams')
+    expect(self.num_samples == 1 or self.temperature or self.num_beams > 1,
+           f'{self.num_samples} greedy texts would be one: set temperature or num_beams')
+    expect(all(self.stop), 'A stop string is empty')
+    expect(self.num_beams == 1 or not self.stop, 'Beam search takes no stop strings')
+
+  @property
+  def penalty(self) -> beam_search.BrevityPenalty:
+    return beam_search.BrevityPenalty(self.length_penalty)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+  """A text, and log p of its tokens in nats or, of a beam, its score."""
+
+  text: str
+  score: float
 
 
 def check_positions(config: Any, longest: int) -> None:
@@ -36,20 +93,25 @@ def check_positions(config: Any, longest: int) -> None:
 
 
 class Predictor:
-  """Runs one model over lists of token ids (unpadded, end-of-sequence id included)."""
+  """Runs one model over lists of token ids (unpadded, end-of-sequence id included).
+
+  `virtual` is in every input, or with a `bank` each input has what its slot says (`slots`; without
+  any the base answers alone).
+  """
 
   def __init__(self, model: PromptedModel, vocabulary: Vocabulary,
                virtual: VirtualTokens | None = None, batch_size: int = 32,
-               max_decode_length: int = 64, partitioner: Partitioner = Partitioner()):
-    self._vocabulary, self._virtual = vocabulary, virtual
+               max_decode_length: int = 64, partitioner: Partitioner = Partitioner(),
+               bank: PromptBank | None = None):
+    self._vocabulary, self._virtual, self._bank = vocabulary, virtual, bank
     self._batch_size, self._partitioner = batch_size, partitioner
     self._config, self._max_decode_length = model.network.config, max_decode_length
-    self._rank = jax.jit(functools.partial(prompted_model.candidate_log_likelihoods, model),
-                         static_argnames='most')
-    self._score = jax.jit(functools.partial(prompted_model.log_likelihood, model))
-    self._predict = jax.jit(functools.partial(prompted_model.predict, model,
-                                              max_length=max_decode_length,
-                                              eos_id=vocabulary.eos_id))
+    jit = lambda function, *static: jax.jit(functools.partial(function, model),
+                                            static_argnames=static)
+    self._rank = jit(prompted_model.candidate_log_likelihoods, 'most')
+    self._score = jit(prompted_model.log_likelihood)
+    self._generate = jit(prompted_model.generate, 'max_length', 'repeats')
+    self._beams = jit(prompted_model.beam_search, 'max_length', 'num_beams')
 
   def placing(self, virtual: VirtualTokens | None) -> 'Predictor':
     """The same predictor, nothing compiled anew, with another prompt's ids in the inputs."""
@@ -57,77 +119,155 @@ class Predictor:
     other._virtual = virtual
     return other
 
-  def rank(self, params: PyTree, inputs: Sequence[Tokens],
-           choices: Sequence[Sequence[str]]) -> list[np.ndarray]:
+  def rank(self, params: PyTree, inputs: Sequence[Tokens], choices: Sequence[Sequence[str]],
+           slots: Sequence[Slot] | None = None) -> list[np.ndarray]:
     """log p(choice | input) in nats for each choice of each input: one [C] array an input.
 
     Every input is encoded once, however many choices it has.
     """
-    ids = self._choice_ids(choices)
-    most = max(map(len, ids))
-    together = batches.round_up(max(sum(map(len, row)) for row in ids), batches.Buckets().targets)
-    longest = max(len(tokens) for row in ids for tokens in row)
-    self._check_positions(inputs, [longest] * len(inputs))
+    ids = self.choice_ids(choices)
+    most = max(map(len, ids), default=0)
+    together = batches.round_up(max((sum(map(len, row)) for row in ids), default=0),
+                                batches.Buckets().targets)
+    longest = max((len(tokens) for row in ids for tokens in row), default=0)
+    self._check_positions(inputs, [longest] * len(inputs), slots)
 
-    def run(rows, batch):
+    def run(rows, batch, added):
       put = self._partitioner.put_batch(
           {**batch, **batches.side_by_side([ids[i] for i in rows], together)})
       return self._rank(params, put['encoder_input_tokens'], put['candidates'], put['segments'],
-                        most=most)
+                        most=most, added=added)
 
-    return [scores[:len(row)] for scores, row in zip(self._run(inputs, run), ids, strict=True)]
+    return [scores[:len(row)]
+            for scores, row in zip(self._run(inputs, run, slots=slots), ids, strict=True)]
 
-  def generate(self, params: PyTree, inputs: Sequence[Tokens]) -> list[str]:
-    """The most probable text, token by token, of each input."""
-    self._check_positions(inputs, [self._max_decode_length] * len(inputs))
-    put = self._partitioner.put_batch
-    run = lambda _, batch: self._predict(params, put(batch)['encoder_input_tokens'])
-    return [self._vocabulary.decode(tokens) for tokens in self._run(inputs, run)]
+  def prior(self, untuned: PyTree, choices: Sequence[str]) -> np.ndarray:
+    """log p(choice | no text) in nats of the base alone, whose parameters these are: [C]."""
+    candidates = self.choice_ids([choices])
+    tokens = [[self._vocabulary.eos_id]] * self._batch_size
+    batch = {**batches.batch_of(tokens, [NO_TARGET] * self._batch_size),
+             **batches.side_by_side(candidates * self._batch_size, sum(map(len, candidates[0])))}
+    put = self._partitioner.put_batch(batch)
+    return np.asarray(self._rank(
+        untuned, put['encoder_input_tokens'], put['candidates'], put['segments'],
+        most=len(choices), added=Added()))[0]
 
-  def score(self, params: PyTree, inputs: Sequence[Tokens],
-            targets: Sequence[Tokens]) -> np.ndarray:
-    """log p(target | input) in nats, summed over the target's tokens: [n] float32."""
-    self._check_positions(inputs, list(map(len, targets)))
-    run = lambda _, batch: self._score(params, self._partitioner.put_batch(batch))
-    return np.array(self._run(inputs, run, targets), np.float32)
-
-  def _check_positions(self, inputs: Sequence[Tokens], targets: Sequence[int]) -> None:
-    prompt = self._virtual.length if self._virtual else 0
-    check_positions(self._config, max(
-        (len(tokens) + prompt + length for tokens, length in zip(inputs, targets, strict=True)),
-        default=0))
-
-  def _choice_ids(self, choices: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+  def choice_ids(self, choices: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+    """The ids of each choice, end-of-sequence id included."""
     encode = functools.lru_cache(maxsize=None)(
         lambda text: [*self._vocabulary.encode(text), self._vocabulary.eos_id])
     return [[encode(text) for text in row] for row in choices]
 
-  def _run(self, inputs: Sequence[Tokens], run: Callable[[list[int], Batch], Array],
-           targets: Sequence[Tokens] | None = None) -> list:
-    """run(indices, batch) over all inputs in batches; results in the order of the inputs."""
+  def generate(self, params: PyTree, inputs: Sequence[Tokens],
+               slots: Sequence[Slot] | None = None) -> list[str]:
+    """The most probable text, token by token, of each input."""
+    return [texts[0].text for texts in self.generate_with(params, inputs, Decoding(), slots)]
+
+  def generate_with(self, params: PyTree, inputs: Sequence[Tokens], decoding: Decoding,
+                    slots: Sequence[Slot] | None = None,
+                    numbers: Sequence[int] | None = None) -> list[list[Generated]]:
+    """`decoding.num_samples` texts of each input.
+
+    What is drawn for an input depends on `decoding.seed` and its number (default: its index), not
+    on the others.
+    """
+    self._check_positions(inputs, [self._max_decode_length] * len(inputs), slots)
+    numbers = range(len(inputs)) if numbers is None else numbers
+    search = self._search if decoding.num_beams > 1 else self._draw
+
+    def run(rows, batch, added):
+      tokens = self._partitioner.put_batch(batch)['encoder_input_tokens']
+      return search(params, tokens, added, decoding, [numbers[i] for i in rows])
+
+    return [[Generated(stop_strings.cut(self._vocabulary.decode(tokens), decoding.stop)[0],
+                       float(score)) for tokens, score in zip(*found, strict=True)]
+            for found in self._run(inputs, run, slots=slots)]
+
+  def _draw(self, params, tokens, added, decoding: Decoding, numbers: Sequence[int]):
+    """([B, samples, max_length], [B, samples])."""
+    rows, repeats = len(numbers) * decoding.num_samples, decoding.num_samples
+    choose, stops = token_choice.Greedy(), None
+    if decoding.temperature:
+      seeds = [np.random.SeedSequence([decoding.seed, number]).generate_state(repeats)
+               for number in numbers]
+      full = lambda value, dtype: np.full(rows, value, dtype)
+      choose = token_choice.Sampling(
+          full(decoding.temperature, np.float32), full(decoding.top_k, np.int32),
+          full(decoding.top_p, np.float32), np.concatenate(seeds))
+    if decoding.stop:
+      stops = stop_strings.of_rows([decoding.stop] * len(numbers),
+                                   *self._vocabulary.bytes_of_ids(),
+                                   self._vocabulary.leading_spaces)
+    found = self._generate(params, tokens, max_length=self._max_decode_length, choose=choose,
+                           eos_id=self._vocabulary.eos_id, added=added, repeats=repeats,
+                           stops=stops)
+    return jax.tree.map(lambda x: x.reshape(-1, repeats, *x.shape[1:]), found)
+
+  def _search(self, params, tokens, added, decoding: Decoding, numbers: Sequence[int]):
+    """([B, samples, max_length], [B, samples])."""
+    found = self._beams(params, tokens, max_length=self._max_decode_length,
+                        num_beams=decoding.num_beams, penalty=decoding.penalty,
+                        eos_id=self._vocabulary.eos_id, added=added)
+    return jax.tree.map(lambda x: x[:, :decoding.num_samples], found)
+
+  def score(self, params: PyTree, inputs: Sequence[Tokens], targets: Sequence[Tokens],
+            slots: Sequence[Slot] | None = None) -> np.ndarray:
+    """log p(target | input) in nats, summed over the target's tokens: [n] float32."""
+    self._check_positions(inputs, list(map(len, targets)), slots)
+    run = lambda _, batch, added: self._score(params, self._partitioner.put_batch(batch),
+                                              added=added)
+    return np.array(self._run(inputs, run, targets, slots), np.float32)
+
+  def _virtual_of(self, slots: Sequence[Slot] | None, i: int) -> VirtualTokens | None:
+    return slots[i].virtual if slots else self._virtual
+
+  def _length(self, inputs: Sequence[Tokens], slots: Sequence[Slot] | None, i: int) -> int:
+    """How many tokens an input has, its prompt included."""
+    virtual = self._virtual_of(slots, i)
+    return len(inputs[i]) + (virtual.length if virtual else 0)
+
+  def _check_positions(self, inputs: Sequence[Tokens], targets: Sequence[int],
+                       slots: Sequence[Slot] | None) -> None:
+    check_positions(self._config, max(
+        (self._length(inputs, slots, i) + length for i, length in enumerate(targets)), default=0))
+
+  def _run(self, inputs: Sequence[Tokens], run: Callable[[list[int], Batch, Added | None], PyTree],
+           targets: Sequence[Tokens] | None = None,
+           slots: Sequence[Slot] | None = None) -> list:
+    """run(indices, batch, added) over all inputs in batches; results in the order of the inputs."""
     results = [None] * len(inputs)
-    waiting: list[tuple[list[int], Array]] = []
-    for live, rows in self._groups(inputs):
+    waiting: list[tuple[list[int], PyTree]] = []
+    for live, rows in self._groups(inputs, slots):
       batch = batches.batch_of([inputs[i] for i in rows],
-                               [targets[i] if targets else NO_TARGET for i in rows], self._virtual)
-      waiting.append((live, run(rows, batch)))
+                               [targets[i] if targets else NO_TARGET for i in rows],
+                               [self._virtual_of(slots, i) for i in rows])
+      added = self._bank.added([slots[i] for i in rows]) if slots else None
+      waiting.append((live, run(rows, batch, added)))
       if len(waiting) > 2:  # the device works on the next batches while this one is fetched
         _collect(results, *waiting.pop(0))
     for item in waiting:
       _collect(results, *item)
     return results
 
-  def _groups(self, inputs: Sequence[Tokens]) -> Iterator[tuple[list[int], list[int]]]:
+  def _groups(self, inputs: Sequence[Tokens],
+              slots: Sequence[Slot] | None) -> Iterator[tuple[list[int], list[int]]]:
     """(indices answered, indices of a full batch), the longest inputs first.
 
     The last batch is filled up with copies of its last row.
     """
-    order = sorted(range(len(inputs)), key=lambda i: (-len(inputs[i]), i))
+    order = sorted(range(len(inputs)), key=lambda i: (-self._length(inputs, slots, i), i))
     for start in range(0, len(order), self._batch_size):
       live = order[start:start + self._batch_size]
       yield live, live + [live[-1]] * (self._batch_size - len(live))
 
 
-def _collect(results: list, live: list[int], outputs: Array) -> None:
-  for i, output in zip(live, np.asarray(outputs), strict=False):
+def _collect(results: list, live: list[int], outputs: PyTree) -> None:
+  """Puts each row of the outputs, an array or a tuple of them, where it belongs."""
+  outputs = jax.device_get(outputs)
+  rows = zip(*outputs, strict=True) if isinstance(outputs, tuple) else outputs
+  for i, output in zip(live, rows, strict=False):
     results[i] = output
+
+
+def _raise(message: str):
+  raise ValueError(message)

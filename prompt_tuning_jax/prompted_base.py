@@ -1,37 +1,67 @@
 """A base with a prompt file, ready to answer: what eval, infer and score start from."""
 
 import dataclasses
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
-from prompt_tuning_jax import param_paths
+from prompt_tuning_jax import param_paths, prompt_bank
 from prompt_tuning_jax.checkpoints import base_checkpoint, prompt_file
 from prompt_tuning_jax.data.vocabulary import Vocabulary
-from prompt_tuning_jax.networks import layers
 from prompt_tuning_jax.networks.parameters import logical_axes
 from prompt_tuning_jax.partitioning import Partitioner
 from prompt_tuning_jax.predictor import Predictor
+from prompt_tuning_jax.prompt_bank import PromptBank, Slot
 from prompt_tuning_jax.prompted_model import PromptedModel
-from prompt_tuning_jax.prompts import adapters, prefix
-from prompt_tuning_jax.prompts.places import layers_at
-from prompt_tuning_jax.prompts.soft_prompt import LayeredPrompt, SoftPrompt
-from prompt_tuning_jax.prompts.virtual_tokens import VirtualTokens
 from prompt_tuning_jax.prompts.weight_changes import combined
-from prompt_tuning_jax.types import Array, PyTree
+from prompt_tuning_jax.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PromptedBase:
-  """A predictor with its parameters, vocabulary and the prompt's metadata ({} without one)."""
+  """A predictor with its parameters, vocabulary and the prompt's metadata ({} without one).
+
+  With a `bank`, every example names its prompt; without one all have the prompt that was loaded.
+  `untuned` are the base's parameters alone, `identity` is what answers depend on, as JSON.
+  """
 
   predictor: Predictor
   params: PyTree
   vocabulary: Vocabulary
   metadata: dict[str, Any]
+  bank: PromptBank | None = None
+  untuned: PyTree = None
+  identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def slots(self, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Slot] | None:
+    """The slots of [(place, fields), …]; None without a bank."""
+    return None if self.bank is None else [
+        self.bank.slot(self.name(place, row)) for place, row in rows]
+
+  def name(self, place: str, row: Mapping[str, Any]) -> str:
+    """The prompt of the bank that a row's field "prompt" names.
+
+    Raises ValueError with the nearest name for one that the bank does not have.
+    """
+    name = row.get('prompt')
+    if name not in self.bank.files:
+      near = difflib.get_close_matches(str(name), self.bank.files, 1)
+      what = 'there is no field "prompt"' if 'prompt' not in row else f'there is no prompt {name!r}'
+      hint = f' Did you mean {near[0]}?' if near else ''
+      raise ValueError(f'{place}: {what}; the prompts are {", ".join(self.bank.files)}.{hint}')
+    return name
+
+  def labels(self, place: str, row: Mapping[str, Any]) -> list[str]:
+    """The labels of a row's prompt; ValueError where it has none."""
+    metadata = self.metadata
+    if self.bank is not None:
+      metadata = self.bank.files[self.name(place, row)].metadata
+    if not metadata.get('labels'):
+      raise ValueError(f'{place}: the prompt names no labels to rank: give --labels.')
+    return metadata['labels']
 
   def tokens(self, place: str, row: dict[str, Any], name: str,
              max_length: int | None = None) -> np.ndarray:
@@ -56,14 +86,16 @@ class PromptedBase:
     return np.asarray([*kept, self.vocabulary.eos_id], np.int32)
 
 
-def load(base: str, prompt: str | None = None, *, network: Any = None,
-         vocabulary_file: str | None = None, dtype: str = 'float32', batch_size: int = 32,
-         max_decode_length: int = 64) -> PromptedBase:
-  """Reads base and prompt, and checks that they belong together (ValueError if not).
+def load(base: str, prompt: str | None = None, *, prompts: str | Mapping[str, str] | None = None,
+         network: Any = None, vocabulary_file: str | None = None, dtype: str = 'float32',
+         batch_size: int = 32, max_decode_length: int = 64) -> PromptedBase:
+  """Reads base and prompts, and checks that they belong together (ValueError if not).
 
+  `prompt` is one file, of any method; `prompts` {name: file}, or a folder of them, make a bank.
   Every device has a copy of the base. `batch_size` is rounded up to a multiple of the devices.
   """
   file = prompt_file.load(prompt) if prompt else None
+  files = None if prompts is None else read_prompts(prompts)
   partitioner = Partitioner()
   batch_size += -batch_size % partitioner.mesh.size
   loaded = base_checkpoint.load_base(base, config=network, vocabulary_file=vocabulary_file,
@@ -77,53 +109,25 @@ def load(base: str, prompt: str | None = None, *, network: Any = None,
   if file:
     prompt_file.check(file, loaded)
     metadata = file.metadata
-    modules, virtual = _parts(file, config)
+    modules, virtual = prompt_bank.parts(file, config)
     params = _with_leaves(file, params)
+  bank = None if files is None else PromptBank(loaded, files)
   predictor = Predictor(PromptedModel(config.network(), **modules), vocabulary, virtual,
-                        batch_size, max_decode_length, partitioner)
-  return PromptedBase(predictor, params, vocabulary, metadata)
+                        batch_size, max_decode_length, partitioner, bank)
+  identity = {'base': loaded.fingerprint, 'vocabulary': vocabulary.sha256, 'dtype': dtype,
+              'prompt': file and file.sha256, 'batch_size': batch_size,
+              'prompts': files and {name: each.sha256 for name, each in files.items()}}
+  return PromptedBase(predictor, params, vocabulary, metadata, bank, loaded.params, identity)
 
 
-def _parts(file: prompt_file.PromptFile,
-           config: Any) -> tuple[dict[str, nn.Module], VirtualTokens | None]:
-  """The modules that own a file's leaves, and the ids of its prompt."""
-  modules, virtual = {}, None
-  if (rows := file.params.get(prompt_file.EMBEDDING)) is not None:
-    modules['prompt'] = SoftPrompt(len(rows), config.emb_dim)
-  elif (rows := file.params.get(prompt_file.DEEP_EMBEDDING)) is not None:
-    modules['prompt'] = LayeredPrompt(config.prompted_layers, rows.shape[1], config.emb_dim)
-  if rows is not None:
-    virtual = VirtualTokens(config.vocab_size, rows.shape[-2],
-                            file.metadata.get('placement', 'before'))
-  if prefixes := file.under('prefix'):
-    length = len(next(iter(prefixes.values()))[0, 0])
-    modules['prefix'] = prefix.DirectPrefix(length, layers_at(prefixes, config.attentions),
-                                            config.num_heads, config.head_dim)
-  if leaves := file.under('adapter'):
-    modules['adapter'] = _adapters(leaves, file.metadata.get('activation', 'gelu'), config)
-  expected = {}
-  for name, module in modules.items():
-    leaves = jax.eval_shape(module.init, jax.random.key(0))['params']
-    expected.update(param_paths.flatten({name: leaves}))
-  expected = {path: tuple(leaf.shape) for path, leaf in expected.items()}
-  found = {path: leaf.shape for path, leaf in file.params.items()
-           if path.partition('/')[0] in modules}
-  if found != expected:
-    raise ValueError(f'The prompt file holds {found}, but this base takes {expected}.')
-  return modules, virtual
+def read_prompts(prompts: str | Mapping[str, str]) -> dict[str, prompt_file.PromptFile]:
+  """{name: file} of such paths, or of a folder's prompt files by name.
 
-
-def _adapters(leaves: Mapping[str, Array], activation: str,
-              config: Any) -> adapters.BottleneckAdapters:
-  """The module of a file's adapters {PLACE/NAME: leaf}; their width is that of any of them."""
-  if activation not in layers.ACTIVATIONS:
-    raise ValueError(f'The adapters have the activation {activation!r}; this version knows '
-                     f'{tuple(layers.ACTIVATIONS)}.')
-  width = next((leaf.shape[-1] for path, leaf in leaves.items()
-                if path.endswith('/down') and leaf.ndim), 0)
-  places = {path.partition('/')[0] for path in leaves}
-  return adapters.BottleneckAdapters(width, config.emb_dim, layers_at(places, config.sublayers),
-                                     activation)
+  Raises ValueError for an empty folder, or the first file that is none.
+  """
+  if isinstance(prompts, str):
+    prompts = prompt_file.in_folder(prompts)
+  return {name: prompt_file.load(path) for name, path in prompts.items()}
 
 
 def _with_leaves(file: prompt_file.PromptFile, params: PyTree) -> PyTree:

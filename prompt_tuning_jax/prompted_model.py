@@ -9,11 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from prompt_tuning_jax import objectives
-from prompt_tuning_jax.decoding import sample, token_choice
+from prompt_tuning_jax.decoding import beam_search as beams
+from prompt_tuning_jax.decoding import sample, stop_strings, token_choice
 from prompt_tuning_jax.networks.adapters import Adapters
 from prompt_tuning_jax.networks.prefix import Prefix
 from prompt_tuning_jax.prompts import weight_changes
 from prompt_tuning_jax.types import Array, Batch, PyTree
+
+Choose = Callable[[Array, Array], Array]  # `decoding.token_choice`
 
 
 @flax.struct.dataclass
@@ -162,28 +165,119 @@ def candidate_log_likelihoods(model: PromptedModel, params: PyTree, encoder_inpu
   return jnp.where(jnp.any(belongs, axis=1), sums, -jnp.inf)
 
 
-def predict(model: PromptedModel, params: PyTree, encoder_input_tokens: Array, max_length: int,
-            choose: Callable[[Array, Array], Array] = token_choice.Greedy(),
-            key: Array | None = None, eos_id: int = 1) -> Array:
-  """Generates targets with a key-value cache: [B, T] int32 -> [B, max_length] int32."""
-  frozen = {'params': params}
-  encoded = model.apply(frozen, encoder_input_tokens, enable_dropout=False, method='encode')
+@flax.struct.dataclass
+class Decoding:
+  """A batch that is being decoded: all that is kept between one call and the next.
 
-  def decode(variables, tokens, mutable):
-    return model.apply(
-        variables, encoded, encoder_input_tokens, tokens[:, None], tokens[:, None],
-        enable_dropout=False, decode=True, max_decode_length=max_length, mutable=mutable,
-        method='decode')
+  Attributes:
+    encoded: of the network's `encode`, for B * repeats rows.
+    inputs: [B * repeats, T] int32, encoder_input_tokens.
+    kept: collections of variables that do not change: keys and values of the encoded inputs.
+    state: of these rows; `state.tokens` are what has been made.
+    repeats: how many rows, one after another, each example has.
+  """
 
-  start = jnp.zeros(encoder_input_tokens.shape[0], jnp.int32)
-  _, caches = decode(frozen, start, ['cache', 'cross_cache'])
+  encoded: PyTree
+  inputs: Array
+  kept: PyTree
+  state: sample.State
+  repeats: int = flax.struct.field(pytree_node=False, default=1)
+
+
+def start_decoding(model: PromptedModel, params: PyTree, encoder_input_tokens: Array,
+                   max_length: int, added: Added | None = None, repeats: int = 1,
+                   stops: stop_strings.Stops | None = None) -> Decoding:
+  """Encodes [B, T] int32, each example once, and makes room for max_length tokens of each row.
+
+  Args:
+    added: of each example.
+    repeats: how many times each example is decoded: samples or beams.
+    stops: of each example.
+  """
+  variables = variables_of(params, added)
+  encoded = model.apply(variables, encoder_input_tokens, enable_dropout=False, added=added,
+                        method='encode')
+  tokens = jnp.full((encoder_input_tokens.shape[0], 1), sample.START, jnp.int32)
+  _, made = model.apply(
+      variables, encoded, encoder_input_tokens, tokens, tokens, enable_dropout=False, decode=True,
+      max_decode_length=max_length, mutable=['cache', 'cross_cache'], added=added, method='decode')
+  encoded, inputs, made = jax.tree.map(
+      lambda leaf: jnp.repeat(leaf, repeats, axis=0) if jnp.ndim(leaf) and repeats > 1 else leaf,
+      (encoded, jnp.asarray(encoder_input_tokens), made))
   # Only a network with cross-attention has anything else there than the growing cache.
-  kept = {name: value for name, value in caches.items() if name != 'cache'}
+  kept = {name: value for name, value in made.items() if name != 'cache'}
+  state = sample.start(made['cache'], len(inputs), max_length,
+                       stop_strings.repeated(stops, repeats))
+  return Decoding(encoded, inputs, kept, state, repeats)
+
+
+def _next_logits(model: PromptedModel, params: PyTree, decoding: Decoding,
+                 added: Added | None) -> sample.NextLogits:
+  """The function (cache, tokens [B * repeats]) -> (logits [B * repeats, V], cache)."""
+  added = None if added is None else added.repeated(decoding.repeats)
+  frozen = {**variables_of(params, added), **decoding.kept}
 
   def next_logits(cache, tokens):
-    outputs, updated = decode({**frozen, **kept, 'cache': cache}, tokens, ['cache'])
+    outputs, updated = model.apply(
+        {**frozen, 'cache': cache}, decoding.encoded, decoding.inputs, tokens[:, None],
+        tokens[:, None], enable_dropout=False, decode=True,
+        max_decode_length=decoding.state.tokens.shape[1], mutable=['cache'], added=added,
+        method='decode')
     return outputs[:, 0], updated['cache']
 
-  key = jax.random.key(0) if key is None else key
-  return sample.sample(next_logits, caches['cache'], key, encoder_input_tokens.shape[0],
-                       max_length, choose, eos_id)
+  return next_logits
+
+
+def continue_decoding(model: PromptedModel, params: PyTree, decoding: Decoding,
+                      choose: Choose = token_choice.Greedy(), limits: Array | None = None,
+                      steps: Array | int | None = None, eos_id: Array | int = 1,
+                      added: Added | None = None) -> Decoding:
+  """Decodes on (`decoding.sample.advance`): to the end, or `steps` tokens more.
+
+  Args:
+    choose: how a token is chosen; its settings, if any, are those of all B * repeats rows.
+    limits: [B * repeats] int32, the most tokens of each row.
+    added: of each of the B examples, as it was at the start.
+  """
+  state = sample.advance(_next_logits(model, params, decoding, added), decoding.state, choose,
+                         limits, steps, eos_id)
+  return decoding.replace(state=state)
+
+
+def generate(model: PromptedModel, params: PyTree, encoder_input_tokens: Array, max_length: int,
+             choose: Choose = token_choice.Greedy(), limits: Array | None = None,
+             eos_id: Array | int = 1, added: Added | None = None, repeats: int = 1,
+             stops: stop_strings.Stops | None = None) -> tuple[Array, Array]:
+  """Decodes [B, T] int32 from the start to the end, with a key-value cache.
+
+  The arguments are those of `start_decoding` and `continue_decoding`.
+
+  Returns:
+    (tokens [B * repeats, max_length] int32, each row's end-of-sequence id included, then 0;
+    log p of these tokens in nats [B * repeats] float32).
+  """
+  decoding = start_decoding(model, params, encoder_input_tokens, max_length, added, repeats, stops)
+  state = continue_decoding(model, params, decoding, choose, limits, eos_id=eos_id,
+                            added=added).state
+  return state.tokens, state.log_likelihood
+
+
+def predict(model: PromptedModel, params: PyTree, encoder_input_tokens: Array, max_length: int,
+            **kwargs) -> Array:
+  """The tokens of `generate` alone: [B * repeats, max_length] int32."""
+  return generate(model, params, encoder_input_tokens, max_length, **kwargs)[0]
+
+
+def beam_search(model: PromptedModel, params: PyTree, encoder_input_tokens: Array, max_length: int,
+                num_beams: int, penalty: Any = beams.BrevityPenalty(),
+                limits: Array | None = None, eos_id: Array | int = 1, added: Added | None = None,
+                early_stopping: bool = False) -> tuple[Array, Array]:
+  """The best texts of each example that `decoding.beam_search` finds.
+
+  Returns:
+    (tokens [B, num_beams, max_length] int32, scores [B, num_beams] float32), best first.
+  """
+  decoding = start_decoding(model, params, encoder_input_tokens, max_length, added, num_beams)
+  return beams.beam_search(
+      _next_logits(model, params, decoding, added), decoding.state.cache,
+      len(encoder_input_tokens), max_length, num_beams, penalty, limits, eos_id, early_stopping)

@@ -16,16 +16,17 @@ def score(flags, prompted) -> None:
   def answer(part):
     inputs = [prompted.tokens(place, row, 'input', flags.max_input_length) for place, row in part]
     targets = [prompted.tokens(place, row, 'target') for place, row in part]
-    scores = prompted.predictor.score(prompted.params, inputs, targets)
+    scores = prompted.predictor.score(prompted.params, inputs, targets, prompted.slots(part))
     return [{'log_likelihood': float(value)} for value in scores]
 
-  count = jsonl.answer_file(flags.input, flags.output, answer)
+  count = jsonl.answer_file(flags.input, flags.output, answer,
+                            settings=verb.settings(flags, prompted))
   print(f'{count} scores in {flags.output}', file=sys.stderr)
 
 
 def main(argv: list[str]) -> int:
   """Returns the exit status."""
-  return verb.run(verb.file_flags(verb.parser('score', ABOUT)), argv, score)
+  return verb.run(verb.file_flags(verb.parser('score', ABOUT, bank=verb.NAMED)), argv, score)
 
 
 if __name__ == '__main__':

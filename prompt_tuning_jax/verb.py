@@ -6,8 +6,9 @@ import pathlib
 import sys
 from collections.abc import Callable
 
-from prompt_tuning_jax import launch
+from prompt_tuning_jax import __version__, launch
 
+NAMED = 'each row names its own in "prompt"'
 path = os.path.expanduser  # the type of a flag: a shell leaves `--output=~/file` alone
 
 
@@ -19,14 +20,17 @@ def bare_parser(name: str, description: str) -> argparse.ArgumentParser:
   return made
 
 
-def parser(name: str, description: str) -> argparse.ArgumentParser:
-  """The shared flags of verbs that load a base."""
+def parser(name: str, description: str, bank: str = '') -> argparse.ArgumentParser:
+  """The shared flags of verbs that load a base, with a prompt or, `bank` says how, many."""
   made = bare_parser(name, description)
   add = made.add_argument
   add('--base', required=True, metavar='NAME_OR_FOLDER',
       help='a bundled base (mini), or a T5X or Hugging Face folder')
   add('--prompt', type=path, metavar='FILE',
-      help='a prompt file; without it the base answers unprompted')
+      help='a prompt file, .npy or PEFT folder; without it the base answers unprompted')
+  if bank:
+    add('--prompts', type=path, metavar='FOLDER',
+        help='of prompt files: ' + bank)
   add('--network', metavar='NAME', help='such as t5_1_1_base, for a T5X folder')
   add('--vocabulary', type=path, metavar='FILE',
       help="the base's SentencePiece file (or GPT-2's tokenizer.json), if not beside it")
@@ -37,6 +41,39 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
   add('--max_decode_length', type=int, default=64, metavar='TOKENS',
       help='longest generated text (default 64)')
   return made
+
+
+def decoding_flags(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
+  """The flags of verbs that generate text (`predictor.Decoding`)."""
+  add = made.add_argument
+  add('--num_beams', type=int, default=1, metavar='N', help='beam search of this width')
+  add('--length_penalty', type=float, default=0.6, metavar='ALPHA',
+      help="of beams, T5X's: log p / ((5 + n) / 6) ** ALPHA (default 0.6)")
+  add('--temperature', type=float, default=0.0, metavar='T',
+      help='draw tokens; 0 (default) takes the most probable')
+  add('--top_k', type=int, default=0, metavar='K', help='draw from the K most probable tokens')
+  add('--top_p', type=float, default=1.0, metavar='P', help='draw from the top P of probability')
+  add('--num_samples', type=int, default=1, metavar='N', help='texts of each input')
+  add('--stop', action='append', default=[], metavar='TEXT',
+      help='ends a text, and is cut off; may be repeated')
+  add('--seed', type=int, default=0, metavar='N', help='decides what is drawn')
+  return made
+
+
+def decoding(flags: argparse.Namespace):
+  """What these flags say; raises ValueError."""
+  import dataclasses
+
+  from prompt_tuning_jax.predictor import Decoding
+  given = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Decoding)}
+  return Decoding(**{**given, 'stop': tuple(flags.stop)})
+
+
+def settings(flags: argparse.Namespace, prompted) -> dict:
+  """What the answers to a row depend on, as JSON."""
+  beside = ('base', 'prompt', 'prompts', 'network', 'vocabulary', 'input', 'output')
+  return {'version': __version__, **prompted.identity,
+          'flags': {name: value for name, value in vars(flags).items() if name not in beside}}
 
 
 def file_flags(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -59,10 +96,13 @@ def run(made: argparse.ArgumentParser, argv: list[str], body: Callable) -> int:
         raise ValueError(f'--{name} must be at least 1, got {getattr(flags, name)}.')
     check_files([flags.input] if flags.input else [], flags.output)
     from prompt_tuning_jax import prompted_base
+    prompts = getattr(flags, 'prompts', None)
+    if prompts and flags.prompt:
+      raise ValueError('Give --prompt (one for all rows) or --prompts (each row names its own).')
     network = launch.network_named(flags.network) if flags.network else None
     body(flags, prompted_base.load(
-        flags.base, flags.prompt, network=network, vocabulary_file=flags.vocabulary,
-        dtype=flags.dtype, batch_size=flags.batch_size,
+        flags.base, flags.prompt, prompts=prompts, network=network,
+        vocabulary_file=flags.vocabulary, dtype=flags.dtype, batch_size=flags.batch_size,
         max_decode_length=flags.max_decode_length))
 
   return exit_status(work)

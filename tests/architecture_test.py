@@ -15,13 +15,16 @@ FILES = sorted([*PACKAGE.rglob('*.py'), *TASKS.rglob('*.py')])
 FLOORS = (
     {'types'},
     {'param_paths', 'tokenizer_file'},
-    {'networks', 'prompts', 'decoding', 'objectives', 'metrics', 'partitioning', 'optimizers'},
+    {'networks', 'prompts', 'decoding', 'objectives', 'metrics', 'partitioning', 'optimizers',
+     'ranking'},
     {'prompted_model', 'methods', 'data', 'checkpoints'},
-    {'predictor', 'jsonl'},
+    {'prompt_bank', 'jsonl'},
+    {'predictor'},
     {'training', 'prompted_base', 'serving', 'analysis', 't5x_bridge'},
     {'launch'},
     {'verb'},
-    {'train', 'eval', 'infer', 'score', 'serve', 'export', 'train_vocabulary', 'similarity'},
+    {'train', 'train_ensemble', 'train_vocabulary', 'eval', 'infer', 'score', 'serve', 'export',
+     'similarity'},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TENSORFLOW = {'tensorflow', 'tensorflow_text', 'tensorflow_datasets', 'seqio', 't5', 'clu'}
@@ -35,6 +38,7 @@ MAY_IMPORT = {
     'orbax': ('prompt_tuning_jax/checkpoints/',),
     'gin': ('prompt_tuning_jax/launch.py',),
     't5x': ('prompt_tuning_jax/t5x_bridge.py',),
+    **dict.fromkeys(('starlette', 'uvicorn', 'prometheus_client'), ('prompt_tuning_jax/serving/',)),
     **dict.fromkeys(('pickle', 'cloudpickle', 'dill', 'joblib'), ()),
 }
 

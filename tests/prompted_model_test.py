@@ -66,7 +66,6 @@ jit = functools.partial(jax.jit, static_argnums=0)
 logits = jit(prompted_model.logits)
 loss = jax.jit(prompted_model.loss, static_argnames=('model', 'z_loss', 'label_smoothing'))
 log_likelihood = jit(prompted_model.log_likelihood)
-predict = jax.jit(prompted_model.predict, static_argnums=(0, 3))
 candidate_log_likelihoods = jax.jit(prompted_model.candidate_log_likelihoods,
                                    static_argnums=(0, 5))
 
@@ -282,44 +281,6 @@ def test_the_order_and_padding_of_candidates_do_not_matter():
   more = scores_of([LABELS] * 3, width=31, most=4)
   np.testing.assert_allclose(more[:, :3], scores, rtol=2e-5)
   assert np.all(np.isneginf(more[:, 3]))
-
-
-MANY = placed([RNG.integers(2, V, n) for n in (16, 9, 3, 5, 12, 7, 1, 16)])
-
-
-def test_cached_greedy_decoding_is_the_uncached_argmax():
-  inputs = padded(MANY, WIDTH)
-  tokens = np.asarray(predict(MODEL, PARAMS, inputs, 14))
-  assert tokens.shape == (8, 14) and tokens.dtype == np.int32
-  ended = np.any(tokens == 1, axis=1)
-  assert 0 < np.sum(ended) < 8, 'some texts should end, some not'
-  outputs = logits(MODEL, PARAMS, {
-      'encoder_input_tokens': inputs, 'decoder_target_tokens': np.ones_like(tokens),
-      'decoder_input_tokens': np.pad(tokens, ((0, 0), (1, 0)))[:, :-1]})
-  for row, best in zip(tokens, np.argmax(outputs, -1), strict=True):
-    size = list(row).index(1) + 1 if 1 in row else 14
-    np.testing.assert_array_equal(row[:size], best[:size])
-    assert not np.any(row[size:])
-
-
-def test_predictions_do_not_depend_on_the_batch_padding_or_limit():
-  tokens = np.asarray(predict(MODEL, PARAMS, padded(MANY, WIDTH), 14))
-  alone = predict(MODEL, PARAMS, padded(MANY[::-1], WIDTH + 9), 6)
-  np.testing.assert_array_equal(alone, tokens[::-1, :6])
-
-
-def test_top_one_sampling_is_greedy_and_sampling_depends_on_its_key():
-  inputs = padded(MANY, WIDTH)
-  draw = lambda key, logits: jax.random.categorical(key, logits).astype(jnp.int32)
-  sample = jax.jit(lambda params, key: prompted_model.predict(
-      MODEL, params, inputs, 14, draw, key))
-  sure = jax.tree.map(np.copy, PARAMS)
-  sure['decoder']['logits_dense']['kernel'] *= 1e4  # one token has all of the probability
-  np.testing.assert_array_equal(sample(sure, jax.random.key(0)),
-                                predict(MODEL, PARAMS, inputs, 14))
-  first, same, other = (sample(PARAMS, jax.random.key(i)) for i in (0, 0, 1))
-  np.testing.assert_array_equal(first, same)
-  assert np.any(first != other)
 
 
 def test_the_cross_cache_changes_nothing():

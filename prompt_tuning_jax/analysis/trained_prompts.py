@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from prompt_tuning_jax.analysis import similarity
-from prompt_tuning_jax.checkpoints import prompt_file
+from prompt_tuning_jax.checkpoints import peft_adapter, prompt_file
 from prompt_tuning_jax.checkpoints.prompt_file import PromptFile
 from prompt_tuning_jax.types import Array
 
@@ -81,7 +81,7 @@ def _files(paths: Iterable[str]) -> dict[pathlib.Path, bool]:
   files: dict[pathlib.Path, bool] = {}
   for given in paths:
     path = pathlib.Path(given)
-    if not path.is_dir():
+    if not path.is_dir() or peft_adapter.is_folder(path):
       files[path.resolve()] = True
       continue
     for found in sorted(path.rglob('*')):

@@ -7,6 +7,7 @@ google-research/prompt-tuning.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -39,6 +40,14 @@ class PromptFile:
     """The leaves `name/REST` by REST; {} where there are none."""
     return {path.removeprefix(f'{name}/'): leaf for path, leaf in self.params.items()
             if path.startswith(f'{name}/')}
+
+  @property
+  def sha256(self) -> str:
+    """Of leaves and metadata: two files of one answer alike."""
+    digest = hashlib.sha256(json.dumps(self.metadata, sort_keys=True).encode())
+    for path, leaf in sorted(self.params.items()):
+      digest.update(f'{path} {leaf.shape}'.encode() + np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def describe(base: Any, *, method: str = 'prompt_tuning', placement: str = 'before',
@@ -78,19 +87,25 @@ def save(path: str | os.PathLike, prompt: PromptFile):
 
 
 def load(path: str | os.PathLike) -> PromptFile:
-  """Reads a prompt file, or a .npy prompt [P, D]. Raises a one-line ValueError for any other."""
+  """Reads a prompt file, a .npy prompt [P, D], or a folder of PEFT's prompt tuning.
+
+  Raises a one-line ValueError for any other.
+  """
+  from prompt_tuning_jax.checkpoints import peft_adapter  # which makes a PromptFile itself
   path = os.fspath(path)
-  if os.path.isdir(path):
+  is_peft = peft_adapter.is_folder(path)
+  if os.path.isdir(path) and not is_peft:
     inside = sorted(name for name in os.listdir(path) if name.endswith('.safetensors'))
     is_base = os.path.isfile(os.path.join(path, 'config.json'))
     hint = ('it is a whole model: give it as --base, without a prompt' if is_base else
             f'name a file in it: {", ".join(inside) or "there is none"}')
     raise ValueError(f'{path} is a folder, expected a prompt file: {hint}.')
-  if not os.path.isfile(path):
+  if not is_peft and not os.path.isfile(path):
     raise ValueError(f'There is no prompt file {path}.')
-  with open(path, 'rb') as file:
-    is_numpy = file.read(6) == b'\x93NUMPY'
-  if is_numpy or path.endswith('.npy'):
+  if is_peft:
+    prompt = peft_adapter.read(path)
+    params, metadata = prompt.params, prompt.metadata
+  elif _is_numpy(path):
     params, metadata = {EMBEDDING: _load_numpy(path)}, {}
   else:
     header = safetensors_file.read_header(path)
@@ -100,6 +115,36 @@ def load(path: str | os.PathLike) -> PromptFile:
   if metadata:
     _check_metadata(path, metadata, params)
   return PromptFile(params, metadata)
+
+
+def in_folder(folder: str | os.PathLike) -> dict[str, str]:
+  """{name: path} of what a folder may hold of prompts: NAME.safetensors, NAME.npy, PEFT folders.
+
+  Raises ValueError where there is none, or two of one name.
+  """
+  from prompt_tuning_jax.checkpoints import peft_adapter
+  if not os.path.isdir(folder):
+    raise ValueError(f'There is no folder of prompts {folder}.')
+  found = {}
+  for entry in sorted(os.listdir(folder)):
+    path, (name, end) = os.path.join(folder, entry), os.path.splitext(entry)
+    if os.path.isdir(path):
+      name, fits = entry, peft_adapter.is_folder(path)
+    else:
+      fits = end in ('.safetensors', '.npy') and not entry.startswith('.')
+    if not fits:
+      continue
+    if name in found:
+      raise ValueError(f'{found[name]} and {path} are two prompts of one name: rename one.')
+    found[name] = path
+  if not found:
+    raise ValueError(f'{folder} holds no prompts: expected NAME.safetensors or NAME.npy.')
+  return found
+
+
+def _is_numpy(path: str) -> bool:
+  with open(path, 'rb') as file:
+    return file.read(6) == b'\x93NUMPY' or path.endswith('.npy')
 
 
 def _load_numpy(path: str) -> np.ndarray:

@@ -162,16 +162,19 @@ class TrainBatches:
 
 
 def batch_of(inputs: Sequence[Sequence[int]], targets: Sequence[Sequence[int]],
-             virtual: VirtualTokens | None = None, buckets: Buckets | None = None,
-             ) -> dict[str, np.ndarray]:
-  """The batch of texts that are in no cache: ids with EOS, not padded."""
-  buckets, arrays = buckets or Buckets(), []
-  for lists in (inputs, targets):
-    arrays += [np.array([i for ids in lists for i in ids], np.int32),
+             virtual: VirtualTokens | Sequence[VirtualTokens | None] | None = None,
+             buckets: Buckets | None = None) -> dict[str, np.ndarray]:
+  """The batch of texts that are in no cache: ids with EOS, not padded; one prompt, or one each."""
+  buckets, prompts = buckets or Buckets(), one_each(virtual, len(inputs))
+  placed = [ids if prompt is None else prompt.place(np.asarray(ids, np.int32))
+            for ids, prompt in zip(inputs, prompts, strict=True)]
+  longest_prompt = max(prompt.length if prompt else 0 for prompt in prompts)
+  arrays, widths = [], []
+  for lists, texts, wide in ((placed, inputs, buckets.inputs), (targets, targets, buckets.targets)):
+    arrays += [np.concatenate([np.asarray(ids, np.int32) for ids in lists]),
                np.cumsum([0, *map(len, lists)])]
-  widths = [round_up(np.diff(offsets).max(), widths)
-            for offsets, widths in ((arrays[1], buckets.inputs), (arrays[3], buckets.targets))]
-  return _assemble(*arrays, np.arange(len(inputs)), widths, virtual)
+    widths.append(round_up(max(map(len, texts)), wide))
+  return _assemble(*arrays, np.arange(len(inputs)), (widths[0] + longest_prompt, widths[1]), None)
 
 
 def side_by_side(candidates: Sequence[Sequence[Sequence[int]]], width: int,

@@ -60,6 +60,34 @@ class ByteLevelBPE:
     """The token as the file writes it, 'Ġ' being a space: 'Ġthe'."""
     return '<pad>' if token == PAD else _load(self.file).id_to_token(token - SHIFT) or ''
 
+  leading_spaces = 1
+
+  def appended(self, token: int) -> bytes:
+    """The bytes that an id appends to a decoded text."""
+    added = _added(self.file).get(token - SHIFT)
+    written = self.piece(token)
+    if token == PAD or (added and added.special):
+      return b''
+    byte_of = _byte_of_characters()
+    if all(character in byte_of for character in written):
+      return bytes(byte_of[character] for character in written)
+    return written.encode('utf-8')  # an added word, which is written as it is
+
+
+@functools.cache
+def _byte_of_characters() -> dict[str, int]:
+  """How GPT-2 writes bytes: those that print as they are, the others from U+0100 on."""
+  prints = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1),
+            *range(ord('®'), ord('ÿ') + 1)]
+  others = [byte for byte in range(256) if byte not in prints]
+  return {chr(byte): byte for byte in prints} | {
+      chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+@functools.lru_cache(maxsize=8)
+def _added(file: str) -> dict:
+  return _load(file).get_added_tokens_decoder()
+
 
 @functools.lru_cache(maxsize=8)
 def _file(file: str) -> TokenizerFile:

@@ -1,6 +1,7 @@
 """A task made of a user's own file: JSON lines, CSV or TSV, compressed or not. No TensorFlow."""
 
 import collections
+import contextlib
 import csv
 import dataclasses
 import gzip
@@ -11,7 +12,7 @@ import pathlib
 import string
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -184,17 +185,19 @@ def labels_among(counts: Mapping[str, int]) -> list[str]:
   return sorted(counts) if found else []
 
 
-def read_rows(path: str, otherwise: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(path: str, otherwise: str | None = None, file: BinaryIO | None = None,
+              ) -> Iterator[tuple[str, dict[str, Any]]]:
   """('FILE, line N', fields) of every row of a JSON-lines, CSV or TSV file.
 
   Args:
     otherwise: 'JSON', 'CSV' or 'TSV' for a file whose name does not tell; None refuses it.
+    file: `path`, opened already, for who wants to know how far it is read. It stays open.
 
   Raises:
     ValueError: naming the file and the line that cannot be read.
   """
   kind = _format(path, otherwise)
-  lines = _lines(path)
+  lines = _lines(path, file)
   if kind == 'JSON':
     yield from _json_rows(path, lines)
     return
@@ -235,13 +238,14 @@ def _json_rows(path: str, lines: Iterator[str]) -> Iterator[tuple[str, dict[str,
     yield f'{path}, line {number}', row
 
 
-def _lines(path: str) -> Iterator[str]:
+def _lines(path: str, file: BinaryIO | None = None) -> Iterator[str]:
   """Decoded lines with their ends."""
-  opener = gzip.open if path.endswith('.gz') else open
   number = 0
   try:
-    with opener(pathlib.Path(path).expanduser(), 'rb') as file:
-      for number, line in enumerate(file, 1):
+    with contextlib.ExitStack() as stack:
+      file = file or stack.enter_context(open(pathlib.Path(path).expanduser(), 'rb'))
+      lines = gzip.GzipFile(fileobj=file) if path.endswith('.gz') else file
+      for number, line in enumerate(lines, 1):
         yield line.decode('utf-8-sig' if number == 1 else 'utf-8')
   except UnicodeDecodeError as error:
     raise ValueError(f'{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start}); '

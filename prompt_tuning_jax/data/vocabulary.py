@@ -15,6 +15,7 @@ import struct
 import threading
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import sentencepiece
 from etils import epath
 
@@ -26,6 +27,8 @@ PAD, EOS, UNK = 0, 1, 2
 EXTRA_IDS = 100  # T5's sentinels.
 _NUM_SPECIAL = 3  # PAD, EOS, UNK: byte b has id b + 3.
 _NUM_BYTES = 256
+_SPACE = '▁'  # how SentencePiece writes a space
+_ALL = 2 ** 30
 _USER_DEFINED = 4  # SentencePiece's type of a piece that is never split.
 _loading = threading.Lock()
 
@@ -114,6 +117,23 @@ class Vocabulary:
       return f'<extra_id_{self.size - 1 - token}>'
     return self._kind.piece(int(token))
 
+  def bytes_of_ids(self, rows: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """What each id appends to a decoded text: (bytes [V, M] uint8, how many of the M [V] int32).
+
+    The bytes of ids, one after another, are what `decode` makes of them (without the first
+    `leading_spaces` spaces, and as far as they are UTF-8). V is the vocabulary's size, or `rows` if
+    that is more, for a network that has ids beyond it.
+    """
+    return _bytes_of_ids(self, max(rows, self.size))
+
+  @property
+  def leading_spaces(self) -> int:
+    """How many of the spaces that a text's first pieces begin with `decode` leaves out.
+
+    SentencePiece keeps the space of an unknown word, and one that is a byte piece.
+    """
+    return self._kind.leading_spaces
+
   def as_seqio(self):
     """The same vocabulary for SeqIO. Imports TensorFlow: for the process that builds caches."""
     import seqio
@@ -163,6 +183,12 @@ class _Bytes:
     byte = token - _NUM_SPECIAL
     return chr(byte) if 32 <= byte < 127 else f'<0x{byte:02X}>'
 
+  leading_spaces = 0
+
+  def appended(self, token: int) -> bytes:
+    byte = token - _NUM_SPECIAL
+    return bytes([byte]) if 0 <= byte < _NUM_BYTES else b''
+
 
 @dataclasses.dataclass(frozen=True)
 class _SentencePiece:
@@ -199,13 +225,44 @@ class _SentencePiece:
     return self._processor.id_to_piece(token)
 
   @property
+  def leading_spaces(self) -> int:
+    processor, space = self._processor, self._processor.piece_to_id(_SPACE)
+    word = next((i for i in range(self.size) if processor.id_to_piece(i).startswith(_SPACE)
+                 and i != space), None)
+    if word is None or processor.decode([word]).startswith(' '):
+      return 0
+    # A model that takes runs of spaces for one leaves out all that begin a text.
+    return 1 if processor.decode([space, word]).startswith(' ') else _ALL
+
+  def appended(self, token: int) -> bytes:
+    processor = self._processor
+    if token >= self.size or processor.is_unknown(token):
+      return processor.decode([processor.unk_id()]).encode('utf-8')
+    if processor.is_control(token):
+      return b''
+    piece = processor.id_to_piece(token)
+    if processor.is_byte(token):  # '<0x0A>'
+      return bytes.fromhex(piece[3:5])
+    return piece.replace(_SPACE, ' ').encode('utf-8')
+
+  @property
   def _processor(self) -> sentencepiece.SentencePieceProcessor:
     return _load(self.file, self.extra_ids)
 
 
+@functools.lru_cache(maxsize=8)
+def _bytes_of_ids(vocabulary: Vocabulary, rows: int) -> tuple[np.ndarray, np.ndarray]:
+  pieces = list(map(vocabulary._kind.appended, range(rows)))
+  lengths = np.array(list(map(len, pieces)), np.int32)
+  table = np.zeros((rows, max(1, lengths.max())), np.uint8)
+  for row, piece in zip(table, pieces, strict=True):
+    row[:len(piece)] = np.frombuffer(piece, np.uint8)
+  table.flags.writeable = lengths.flags.writeable = False  # They are kept, and given again.
+  return table, lengths
+
+
 def _seqio_of(vocabulary: Vocabulary):
   """A vocabulary without sentinels as SeqIO's interface has it, TensorFlow calling Python."""
-  import numpy as np
   import seqio
   import tensorflow as tf
 

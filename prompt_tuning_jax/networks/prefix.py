@@ -1,5 +1,7 @@
 """Keys and values that every attention appends to its own (Li & Liang 2021, section 4.2)."""
 
+from collections.abc import Mapping
+
 import flax.struct
 import jax.numpy as jnp
 
@@ -18,14 +20,15 @@ class Prefix:
   Attributes:
     encoder, decoder, cross: [L, 2, K, P, N, H] keys and values of every layer of that stack.
     rows: [B] int32, the prefix of each example of a batch; None gives all the first.
-    lengths: [K] int32, how many of the P positions each prefix has; None is all.
+    lengths: {place: [K] int32}, how many of its P positions each prefix has; a place that is not
+      named has all.
   """
 
   encoder: Array | None = None
   decoder: Array | None = None
   cross: Array | None = None
   rows: Array | None = None
-  lengths: Array | None = None
+  lengths: Mapping[str, Array] = flax.struct.field(default_factory=dict)
 
   def at(self, place: str, layer: int) -> 'LayerPrefix | None':
     """What one attention appends; None where the place has no prefix."""
@@ -35,8 +38,8 @@ class Prefix:
     rows = jnp.zeros(1, jnp.int32) if self.rows is None else self.rows
     keys, values = stacked[layer, 0][rows], stacked[layer, 1][rows]
     visible = None
-    if self.lengths is not None:
-      visible = jnp.arange(stacked.shape[3]) < self.lengths[rows][:, None]
+    if place in self.lengths:
+      visible = jnp.arange(stacked.shape[3]) < self.lengths[place][rows][:, None]
     return LayerPrefix(keys, values, visible)
 
 

@@ -10,6 +10,8 @@ import numpy as np
 
 from prompt_tuning_jax.data.token_cache import TokenCache
 from prompt_tuning_jax.predictor import Predictor
+from prompt_tuning_jax.prompt_bank import PromptBank
+from prompt_tuning_jax.training import ensemble
 from prompt_tuning_jax.types import PyTree
 
 SMALLER_IS_BETTER = ('loss', 'perplexity')
@@ -112,6 +114,16 @@ class Evaluator:
     self._texts = self._answers(params, inputs)
     return Evaluation(self.metric, self._metrics(self._texts))
 
+  def ensemble(self, params: PyTree, bank: PromptBank) -> tuple[ensemble.Answers, dict[str, Any]]:
+    """What the prompts of a bank answer, and how well: each, and together (`ensemble.report`)."""
+    if not self._functions:
+      raise ValueError(f'{self.task} is measured by its loss: an ensemble needs answers.')
+    inputs = [self._cache.inputs(i) for i in range(self._count)]
+    given = ensemble.answers(self._predictor, params, bank, inputs, self._choices)
+    self._texts = given.majority_vote
+    return given, ensemble.report(given, self._metrics,
+                                  lambda values: Evaluation(self.metric, values).rank)
+
   def answered(self) -> list[dict[str, str]]:
     """Inputs, targets and the last prediction of every example, as text."""
     return [{'inputs': row['inputs'], 'targets': row['targets'], 'prediction': text}
@@ -130,9 +142,14 @@ class Evaluator:
     loss = -total / sum(map(len, targets))
     return {'loss': loss, 'perplexity': float(np.exp(min(loss, 700.0)))}
 
+  @property
+  def _choices(self) -> list[list[str]] | None:
+    """What is ranked for each example; None where texts are generated."""
+    choices = [row.get('choices') for row in self._rows]
+    return choices if self._rank_labels and all(choices) else None
+
   def _answers(self, params: PyTree, inputs: list[np.ndarray]) -> list[str]:
-    if self._rank_labels and all(row.get('choices') for row in self._rows):
-      choices = [row['choices'] for row in self._rows]
+    if choices := self._choices:
       ranked = self._predictor.rank(params, inputs, choices)
       return [options[int(np.argmax(scores))]
               for options, scores in zip(choices, ranked, strict=True)]

@@ -13,7 +13,7 @@ from prompt_tuning_jax.checkpoints.base_checkpoint import Base
 from prompt_tuning_jax.data.token_cache import TokenCache
 from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts import initializers
-from prompt_tuning_jax.prompts.prompt_bank import Combine, PromptBank, Sum
+from prompt_tuning_jax.prompts.task_prompts import Combine, Sum, TaskPrompts
 from prompt_tuning_jax.prompts.virtual_tokens import VirtualTokens
 from prompt_tuning_jax.training.evaluate import labels_of
 from prompt_tuning_jax.training.methods import save_file
@@ -26,7 +26,7 @@ class MultitaskPrompts:
 
   Args:
     combine: how a task's prompt is made of rows that all tasks share and rows of its own
-      (`prompts.prompt_bank`: Separate, Sum, Product, Concatenation).
+      (`prompts.task_prompts`: Separate, Sum, Product, Concatenation).
     tasks, labels: set by `for_data`.
   """
 
@@ -82,6 +82,6 @@ class MultitaskPrompts:
       save_file(path / task, {'prompt': {'embedding': prompt}}, base, own,
                 method='multitask_prompts', placement=self.placement, length=self.length)
 
-  def _bank(self, width: int) -> PromptBank:
+  def _bank(self, width: int) -> TaskPrompts:
     shared, own = self.combine.lengths(self.length)
-    return PromptBank(self.combine, (shared, width), (len(self.tasks), own, width))
+    return TaskPrompts(self.combine, (shared, width), (len(self.tasks), own, width))

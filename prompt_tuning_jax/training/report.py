@@ -58,9 +58,9 @@ def saved_parameters(path: pathlib.Path) -> int:
              for leaf in leaves or t5x_legacy.open_folder(str(path)).values())
 
 
-def write(folder: pathlib.Path, report: Mapping[str, Any]) -> None:
-  """Writes MODEL_DIR/report.json in one step."""
-  with atomic_file(folder / FILE) as temporary:
+def write(folder: pathlib.Path, report: Mapping[str, Any], name: str = FILE) -> None:
+  """Writes MODEL_DIR/report.json, or another name, in one step."""
+  with atomic_file(folder / name) as temporary:
     pathlib.Path(temporary).write_text(json.dumps(report, indent=1) + '\n', encoding='utf-8')
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from prompt_tuning_jax import param_paths, predictor
-from prompt_tuning_jax.checkpoints import atomic_write, base_checkpoint
+from prompt_tuning_jax.checkpoints import atomic_write, base_checkpoint, prompt_file
 from prompt_tuning_jax.checkpoints.base_checkpoint import Base
 from prompt_tuning_jax.checkpoints.training_state import TrainingStates
 from prompt_tuning_jax.data import batches, mixture, token_cache
@@ -23,6 +23,8 @@ from prompt_tuning_jax.data.vocabulary import Vocabulary
 from prompt_tuning_jax.networks.parameters import logical_axes
 from prompt_tuning_jax.partitioning import Partitioner
 from prompt_tuning_jax.predictor import Predictor
+from prompt_tuning_jax.prompt_bank import PromptBank
+from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts.weight_changes import combined
 from prompt_tuning_jax.training import evaluate, loop, methods, report
 from prompt_tuning_jax.training import state as train_state
@@ -113,6 +115,38 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
           schedule=loop.Schedule(train_steps, eval_period, save_period, log_period, patience))
   progress.plot()
   return _report(folder, report.sizes(state, frozen), records, evaluator, int(state.step))
+
+
+def evaluate_ensemble(files: Mapping[str, str], folder: pathlib.Path, *, task: Any,
+                      task_feature_lengths: Mapping[str, int], initial_checkpoint_path: str,
+                      batch_size: int, network: Any = None, vocabulary: str | None = None,
+                      activation_dtype: str = 'float32', parameter_dtype: str = 'float32',
+                      eval_subset: Callable[[TokenCache], TokenCache] | None = None,
+                      eval_batch_size: int | None = None, max_eval_examples: int | None = None,
+                      rank_labels: bool = True, metric: str | None = None,
+                      partitioner: Partitioner = Partitioner(), cache_dir: str | None = None,
+                      **others: Any) -> dict[str, Any]:
+  """Measures prompts {name: file} of one task, each and together; writes `folder`/ensemble.json.
+
+  The arguments are those of `train`, as it trained them; `others` say how, which does not matter
+  any more. Returns `ensemble.report`; raises ValueError for a mixture, or one without evaluation.
+  """
+  tasks = _checked(mixture.as_mixture(task))
+  if len(tasks.tasks) != 1 or not tasks.tasks[0].eval_split:
+    raise ValueError('An ensemble is evaluated on one task that has an evaluation split, got '
+                     f'{tasks.name}.')
+  base = _base(initial_checkpoint_path, network, vocabulary, parameter_dtype, partitioner, 0)
+  words, lengths = _vocabulary(base), dict(task_feature_lengths)
+  bank = PromptBank(base, {name: prompt_file.load(path) for name, path in files.items()})
+  caches = _caches(tasks, words, lengths, cache_dir, 'eval_split', eval_subset)
+  config = dataclasses.replace(base.config, dtype=activation_dtype)
+  predictor = Predictor(PromptedModel(config.network()), words, None,
+                        eval_batch_size or 2 * batch_size, lengths['targets'], partitioner, bank)
+  evaluator = evaluate.Evaluator(predictor, caches[0], metric, max_eval_examples, rank_labels)
+  result = {'task': tasks.name, 'metric': evaluator.metric,
+            **evaluator.ensemble(base.params, bank)[1]}
+  report.write(folder, result, 'ensemble.json')
+  return result
 
 
 def _checked(tasks: mixture.Mixture) -> mixture.Mixture:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax import param_paths, prompted_model
+from prompt_tuning_jax.decoding.beam_search import LengthPower
 from prompt_tuning_jax.networks import gpt
 from prompt_tuning_jax.networks.parameters import parameter_specs
 from prompt_tuning_jax.prompted_model import PromptedModel
@@ -287,6 +288,34 @@ def test_greedy_decoding_of_a_prompted_gpt2():
                    padded(list(map(VirtualTokens(V, P).place, inputs))))
   np.testing.assert_array_equal(tokens, padded(expected, length))
   assert 0 < sum(EOS in row for row in expected) < 8, 'some texts should end, some not'
+
+
+def test_four_beams_of_a_prompted_gpt2():
+  """Theirs one text at a time, since they would need padding before it."""
+  model, params = gpt2()
+  prompt, _ = added()
+  inputs, length = texts(7, (20, 18, 4, 9)), 12
+  expected, expected_scores = [], []
+  with torch.no_grad():
+    for text in inputs:
+      made = model.generate(
+          inputs_embeds=embedded(model, torch.tensor(prompt), text)[None], max_new_tokens=length,
+          attention_mask=torch.ones(1, len(text) + P).long(), do_sample=False, num_beams=4,
+          num_return_sequences=4, length_penalty=1.0, early_stopping='never',
+          pad_token_id=EOS - 1, eos_token_id=EOS - 1, return_dict_in_generate=True,
+          output_scores=True)
+      rows = made.sequences.numpy() + 1
+      sizes = [list(row).index(EOS) + 1 if EOS in row else len(row) for row in rows]
+      expected += [row[:size] for row, size in zip(rows, sizes, strict=True)]
+      expected_scores += made.sequences_scores.tolist()
+  ours = PromptedModel(GPT2.network(), SoftPrompt(P, D))
+  search = jax.jit(functools.partial(prompted_model.beam_search, ours, max_length=length,
+                                     num_beams=4, penalty=LengthPower(1.0), eos_id=EOS))
+  tokens, scores = search({**params, 'prompt': {'embedding': prompt}},
+                          padded(list(map(VirtualTokens(V, P).place, inputs))))
+  np.testing.assert_array_equal(tokens.reshape(16, length), padded(expected, length))
+  np.testing.assert_allclose(scores.ravel(), expected_scores, rtol=1e-4)
+  assert 0 < sum(EOS in row for row in expected)
 
 
 def test_bfloat16_is_as_close_as_bfloat16_can_be():

@@ -91,7 +91,7 @@ def placed(texts, placement='before', length=P, offset=0):
 def some_prefix(rows=None):
   """Two prefixes, of 3 and 2 positions; row r of a batch gets prefix rows[r]."""
   stacked = np.random.default_rng(2).normal(size=(L, 2, 2, 3, N, H)).astype(np.float32)
-  return Prefix(decoder=stacked, rows=rows, lengths=np.array([3, 2]))
+  return Prefix(decoder=stacked, rows=rows, lengths={'decoder': np.array([3, 2])})
 
 
 def some_adapters(rows=None):

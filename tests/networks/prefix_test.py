@@ -33,7 +33,8 @@ def alone(row, length, places=PLACES):
 @pytest.mark.parametrize('places', [PLACES, ('encoder',), ('decoder',), ('cross',)])
 def test_a_batch_that_mixes_prefixes_is_each_alone(places):
   rows, lengths = np.array([0, 1, 1], np.int32), np.array([4, 2], np.int32)
-  mixed = logits(Prefix(**{place: ALL[place] for place in places}, rows=rows, lengths=lengths))
+  mixed = logits(Prefix(**{place: ALL[place] for place in places}, rows=rows,
+                        lengths=dict.fromkeys(places, lengths)))
   for i, row in enumerate(rows):
     one = logits(alone(row, lengths[row], places), INPUTS[i:i + 1], TARGETS[i:i + 1])
     np.testing.assert_allclose(mixed[i], one[0], rtol=0, atol=2e-5)
@@ -43,7 +44,8 @@ def test_a_batch_that_mixes_prefixes_is_each_alone(places):
 def test_a_prefix_of_no_length_is_the_base_model():
   base = logits(Prefix())
   np.testing.assert_array_equal(logits(alone(0, 0)), base)
-  nothing = Prefix(**ALL, rows=np.zeros(3, np.int32), lengths=np.zeros(2, np.int32))
+  nothing = Prefix(**ALL, rows=np.zeros(3, np.int32),
+                   lengths=dict.fromkeys(ALL, np.zeros(2, np.int32)))
   np.testing.assert_allclose(logits(nothing), base, rtol=0, atol=1e-5)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax import param_paths, prompted_model
+from prompt_tuning_jax.decoding.beam_search import LengthPower
 from prompt_tuning_jax.networks import t5
 from prompt_tuning_jax.networks.parameters import parameter_specs
 from prompt_tuning_jax.prompted_model import PromptedModel
@@ -260,6 +261,42 @@ def test_greedy_decoding(kind):
   expected = np.pad(theirs, ((0, 0), (0, length - theirs.shape[1])))
   np.testing.assert_array_equal(tokens, expected)
   assert 0 < np.sum(np.any(expected == 1, axis=1)) < 8, 'some texts should end, some not'
+
+
+@pytest.mark.parametrize('exponent, early_stopping', [
+    (0.0, 'never'), (1.0, 'never'), (2.0, 'never'), (1.0, False), (1.0, True), (-1.0, False)])
+def test_beam_search(exponent, early_stopping):
+  """Sequences and scores of four beams of a prompted model, all of them."""
+  model, _, _ = network('t5_1_0')
+  _, params = prompted('t5_1_0')
+  inputs, _ = batch(2, (30, 18, 4, 9, 11, 25), (1,))
+  length = 20
+  embeddings, mask = embedded_by_hand(
+      model, torch.tensor(params['prompt']['embedding']), inputs, 'before', 30 + P)
+  with torch.no_grad():
+    theirs = model.generate(
+        inputs_embeds=embeddings, attention_mask=mask, max_new_tokens=length, do_sample=False,
+        num_beams=4, num_return_sequences=4, length_penalty=exponent,
+        early_stopping=early_stopping, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+        return_dict_in_generate=True, output_scores=True)
+  expected = theirs.sequences.numpy()[:, 1:]
+  expected = np.pad(expected, ((0, 0), (0, length - expected.shape[1]))).reshape(6, 4, length)
+  before = np.cumsum(expected == 1, axis=-1) - (expected == 1)
+  expected = np.where(before, 0, expected)  # Theirs are filled up with more ends.
+  penalty = LengthPower(exponent, exact=early_stopping == 'never')
+  tokens, scores = beam_search(early_stopping is True)(
+      params, placed(inputs, 'before', 30 + P), penalty=penalty)
+  np.testing.assert_array_equal(tokens, expected)
+  np.testing.assert_allclose(scores.ravel(), theirs.sequences_scores, rtol=1e-4)
+  assert np.any(expected == 1)
+
+
+@functools.cache
+def beam_search(early_stopping):
+  """Compiled once for all exponents."""
+  model, _ = prompted('t5_1_0')
+  return jax.jit(functools.partial(prompted_model.beam_search, model, max_length=20, num_beams=4,
+                                   early_stopping=early_stopping))
 
 
 def test_bfloat16_is_as_close_as_bfloat16_in_torch():

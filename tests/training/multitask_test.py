@@ -12,7 +12,7 @@ from prompt_tuning_jax import optimizers
 from prompt_tuning_jax.checkpoints import base_checkpoint, prompt_file
 from prompt_tuning_jax.data import mixture
 from prompt_tuning_jax.data.text_file import TextFile
-from prompt_tuning_jax.prompts.prompt_bank import Concatenation, Product, Separate, Sum
+from prompt_tuning_jax.prompts.task_prompts import Concatenation, Product, Separate, Sum
 from prompt_tuning_jax.training import methods, run
 from prompt_tuning_jax.training.multitask import MultitaskPrompts
 

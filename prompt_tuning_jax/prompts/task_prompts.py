@@ -84,7 +84,7 @@ class Concatenation:
 Combine = Separate | Sum | Product | Concatenation
 
 
-class PromptBank(nn.Module):
+class TaskPrompts(nn.Module):
   """K prompts [K, P, D] from parameters `shared` [S, D] (if S > 0) and `own` [K, P or P - S, D].
 
   Args:
