@@ -35,7 +35,7 @@ setup(
     + ['prompt_tuning_jax.tasks', 'prompt_tuning_jax.gin'],
     package_dir={'prompt_tuning_jax.tasks': 'tasks', 'prompt_tuning_jax.gin': 'gin'},
     package_data={
-        'prompt_tuning_jax': ['bases/**/*'],
+        'prompt_tuning_jax': ['bases/**/*', 'serving/*.html'],
         'prompt_tuning_jax.gin': ['**/*.gin'],
     },
     install_requires=[
@@ -65,7 +65,7 @@ setup(
         # What GPT-2's vocabulary is read with.
         'tokenizers': ['tokenizers'],
         # The HTTP server of prompts.
-        'serve': ['prometheus_client', 'starlette', 'uvicorn'],
+        'serve': ['prometheus_client', 'starlette>=1.0', 'uvicorn>=0.30'],
         'test': [
             'httpx',
             'hypothesis',

@@ -73,7 +73,7 @@ def settings(flags: argparse.Namespace, prompted) -> dict:
   """What the answers to a row depend on, as JSON."""
   beside = ('base', 'prompt', 'prompts', 'network', 'vocabulary', 'input', 'output')
   return {'version': __version__, **prompted.identity,
-          'flags': {name: value for name, value in vars(flags).items() if name not in beside}}
+          **{f'--{name}': value for name, value in vars(flags).items() if name not in beside}}
 
 
 def file_flags(made: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -33,16 +33,20 @@ def at_line(number):
     return trace
   sys.settrace(trace)
 
-def in_write(number):
-  write = partial_file._write
-  def torn(file, data):
-    nonlocal number
-    number -= 1
-    if not number:
-      file.write(data[:len(data) // 2 + 1])
-      die()
-    write(file, data)
-  partial_file._write = torn
+def at_step(number):
+  def counted(do, before=lambda *_: None):
+    def step(*args):
+      nonlocal number
+      number -= 1
+      if not number:
+        before(*args)
+        die()
+      return do(*args)
+    return step
+  tear = lambda file, data: file.write(data[:len(data) // 2 + 1])
+  partial_file._write = counted(partial_file._write, tear)
+  for name in ('fsync', 'replace', 'unlink'):
+    setattr(os, name, counted(getattr(os, name)))
 
 def answer(part):
   os.write(answered, b'.')
@@ -56,7 +60,7 @@ def run(number):
   if not child:
     try:
       if number and mode != 'from_outside':
-        (at_line if mode == 'at_lines' else in_write)(number)
+        (at_line if mode == 'at_lines' else at_step)(number)
       jsonl.answer_file(source, target, answer, settings={'a': 1})
       sys.settrace(None)
       os._exit(0)
@@ -72,7 +76,7 @@ def run(number):
 
 number = 0
 while True:
-  number += 7 if mode == 'at_lines' else 1
+  number += 11 if mode == 'at_lines' else 1
   answered = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
   kills, wholes = 0, 1
   for again in (number, number // 2 + 1, 0):
@@ -94,7 +98,7 @@ print(number)
 '''
 
 
-@pytest.mark.parametrize('mode, least', [('at_lines', 100), ('in_writes', 8), ('from_outside', 3)])
+@pytest.mark.parametrize('mode, least', [('at_lines', 100), ('at_steps', 20), ('from_outside', 3)])
 def test_a_kill_at_any_moment_neither_tears_nor_loses_nor_repeats_a_row(tmp_path, mode, least):
   source, target = tmp_path / 'rows.jsonl', tmp_path / 'out' / 'out.jsonl'
   target.parent.mkdir()

@@ -36,9 +36,10 @@ def _imported() -> set[str]:
 
 def _declared() -> set[str]:
   tree = ast.parse((ROOT / 'setup.py').read_text(encoding='utf-8'))
-  [value] = [node.value for node in ast.walk(tree)
-             if isinstance(node, ast.keyword) and node.arg == 'install_requires']
-  return {_normal(re.match(r'[\w-]+', text)[0]) for text in ast.literal_eval(value)}
+  values = {node.arg: node.value for node in ast.walk(tree) if isinstance(node, ast.keyword)}
+  lists = [ast.literal_eval(values['install_requires']),
+           ast.literal_eval(values['extras_require'])['serve']]
+  return {_normal(re.match(r'[\w-]+', text)[0]) for texts in lists for text in texts}
 
 
 def _normal(name: str) -> str:
