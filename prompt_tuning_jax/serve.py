@@ -39,6 +39,8 @@ def parser():
       help='rows that batches are padded to (default 1,8,32)')
   add('--widths', type=numbers, default=(), metavar='N,N,…',
       help='tokens that inputs with their prompts are padded to (default 64,128,… to the longest)')
+  add('--max_active', type=int, default=4, metavar='N',
+      help='batches of texts on the device at one time: its memory bounds them (default 4)')
   add('--max_queue', type=int, default=1024, metavar='N',
       help='texts that may wait; more are told to come again (default 1024)')
   add('--max_delay_ms', type=float, default=2.0, metavar='MS',
@@ -64,6 +66,7 @@ def serve(flags) -> None:
   listening = bound(flags.host, flags.port)
   made = engine(flags)
   served = made.prepare()
+  listening.listen(2048)  # From here on clients may come; until now they are turned away.
   host, port = listening.getsockname()[:2]
   server = listener.server(app.create_app(made, settings), settings, host, port)
   server.config.timeout_graceful_shutdown = math.ceil(flags.shutdown_seconds)
@@ -88,8 +91,8 @@ def engine(flags):
   from prompt_tuning_jax.serving.engine import Engine, EngineSettings
   from prompt_tuning_jax.serving.prompt_folder import PromptFolder
   settings = EngineSettings(**{name: getattr(flags, name) for name in (
-      'batch_sizes', 'widths', 'max_input_length', 'max_decode_length', 'max_queue',
-      'max_delay_ms', 'poll_seconds', 'shutdown_seconds')})
+      'batch_sizes', 'widths', 'max_input_length', 'max_decode_length', 'max_active',
+      'max_queue', 'max_delay_ms', 'poll_seconds', 'shutdown_seconds')})
   folder, files = prompts(flags.prompts)
   network = launch.network_named(flags.network) if flags.network else None
   base = base_checkpoint.load_base(flags.base, config=network, vocabulary_file=flags.vocabulary,
@@ -101,8 +104,8 @@ def engine(flags):
   bank = PromptBank(base)
   changes = watched.changes(bank, settings.longest)
   for name, path in files.items():
-    if name in changes.refused:
-      raise ValueError(f'{path}: {changes.refused[name]}')
+    if why := changes.refused.get(name):
+      raise ValueError(why if path in why else f'{path}: {why}')
   config = dataclasses.replace(base.config, dtype=flags.dtype)
   return Engine(PromptedModel(config.network()), base.params,
                 Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids),

@@ -1,0 +1,432 @@
+"""The laws of the engine: each answer is the offline one, whoever else asks, comes or goes."""
+
+import asyncio
+import dataclasses
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from prompt_tuning_jax import prompted_model
+from prompt_tuning_jax.checkpoints import base_checkpoint, prompt_file
+from prompt_tuning_jax.data import batches
+from prompt_tuning_jax.data.vocabulary import Vocabulary
+from prompt_tuning_jax.decoding import stop_strings, token_choice
+from prompt_tuning_jax.networks.gpt import GPTConfig
+from prompt_tuning_jax.prompt_bank import PromptBank
+from prompt_tuning_jax.prompted_model import PromptedModel
+from prompt_tuning_jax.serving import engine as engine_module
+from prompt_tuning_jax.serving.engine import Engine, EngineSettings
+from prompt_tuning_jax.serving.prompt_folder import PromptFolder
+from prompt_tuning_jax.serving.requests import (
+  Classification,
+  Failed,
+  Finished,
+  Generation,
+  Labels,
+  Late,
+  Overloaded,
+  Stopping,
+  Text,
+  UnknownModel,
+)
+
+LONGEST, DECODED, LABELS = 24, 12, 32
+SETTINGS = EngineSettings((4,), (16, 32), (LABELS,), LONGEST, DECODED, chunk=5, room=16,
+                          poll_seconds=0, max_queue=200)
+WORDS = 'a this lovely bright warm awful dull cold film play song and is'.split()
+
+
+class Offline:
+  """Each request alone, without the engine."""
+
+  def __init__(self, base):
+    self.base = base
+    self.vocabulary = Vocabulary(self.base.vocabulary.file, self.base.vocabulary.extra_ids)
+    self.model = PromptedModel(self.base.config.network())
+    self._generate = jax.jit(prompted_model.generate, static_argnums=(0, 3))
+    self._rank = jax.jit(prompted_model.candidate_log_likelihoods, static_argnums=(0, 5))
+
+  def _row(self, slot, ids):
+    ids = slot.virtual.place(np.asarray(ids, np.int32)) if slot.virtual else ids
+    return np.pad(np.asarray(ids, np.int32), (0, 40 - len(ids)))[None]
+
+  def _ids(self, inputs):
+    text = isinstance(inputs, str)
+    return [*self.vocabulary.encode(inputs), self.vocabulary.eos_id] if text else list(inputs)
+
+  def texts(self, bank, request):
+    """[(text, reason, log p)] of each choice."""
+    slot = bank.slot(None if request.model == self.base.name else request.model)
+    found = []
+    for seed in np.random.SeedSequence([request.seed or 0, 0]).generate_state(request.n):
+      column = lambda value, dtype: np.array([value], dtype)
+      choose = token_choice.Sampling(
+          column(request.temperature, np.float32), column(request.top_k, np.int32),
+          column(request.top_p, np.float32), column(seed, np.uint32))
+      stops = stop_strings.of_rows([request.stop], *self.vocabulary.bytes_of_ids(),
+                                   self.vocabulary.leading_spaces, 2, 8)
+      limit = request.max_tokens or DECODED
+      tokens, score = self._generate(
+          self.model, self.base.params, self._row(slot, self._ids(request.inputs)), DECODED, choose,
+          np.array([limit]), self.vocabulary.eos_id, added=bank.added([slot]), stops=stops)
+      text, stop = stop_strings.cut(self.vocabulary.decode(np.asarray(tokens[0])), request.stop)
+      found.append((text, 'stop' if stop or self.vocabulary.eos_id in tokens[0]
+                    else 'length', float(score[0])))
+    return found
+
+  def scores(self, bank, request, ids=None):
+    slot = bank.slot(None if request.model == self.base.name else request.model)
+    eos = self.vocabulary.eos_id
+    labels = [[*self.vocabulary.encode(label), eos] for label in request.labels]
+    beside = batches.side_by_side([labels], LABELS)
+    found = self._rank(self.model, self.base.params,
+                       self._row(slot, ids or self._ids(request.inputs)), beside['candidates'],
+                       beside['segments'], LABELS // 2, bank.added([slot]))
+    return np.asarray(found[0, :len(labels)], np.float64), np.array(list(map(len, labels)))
+
+  def classes(self, bank, request):
+    """(log p, probabilities)."""
+    raw, lengths = self.scores(bank, request)
+    alone, nothing = dataclasses.replace(request, model=self.base.name), [self.vocabulary.eos_id]
+    prior = self.scores(bank, alone, nothing)[0] if request.calibrated else 0
+    scores = np.exp((raw - prior) / lengths if request.length_normalized else raw - prior)
+    return raw, scores / np.sum(scores)
+
+
+@pytest.fixture(scope='module')
+def offline(tiny_base):
+  return Offline(base_checkpoint.load_base(tiny_base))
+
+
+def prompt(base, length, seed, placement='before', **about):
+  rows = 4 * np.random.default_rng(seed).normal(size=(length, base.config.emb_dim))
+  return prompt_file.PromptFile({'prompt/embedding': rows.astype(np.float32)}, prompt_file.describe(
+      base, length=length, placement=placement, **about))
+
+
+def prefix(base, length, seed):
+  config, rng = base.config, np.random.default_rng(seed)
+  return prompt_file.PromptFile({
+      f'prefix/{place}': rng.normal(size=(layers, 2, length, config.num_heads, config.head_dim))
+      .astype(np.float32) for place, layers in config.attentions.items()},
+      prompt_file.describe(base, method='prefix_tuning'))
+
+
+@pytest.fixture(scope='module')
+def files(offline):
+  base = offline.base
+  return {'before': prompt(base, 3, 0, labels=['good', 'bad'], task='reviews'),
+          'end': prompt(base, 7, 1, 'end'), 'infix': prompt(base, 5, 2, 'infix', labels=['a', 'b']),
+          'after': prompt(base, 1, 3, 'after_first'), 'keys': prefix(base, 2, 4),
+          'longer_keys': prefix(base, 4, 5)}
+
+
+@pytest.fixture(scope='module')
+def served(offline, files):
+  """What a prepared engine serves: other engines of the tests take it over."""
+  return make(offline, None, files).prepare()
+
+
+def make(offline, served, files=None, folder=None, **changes) -> Engine:
+  made = Engine(offline.model, offline.base.params, offline.vocabulary,
+                PromptBank(offline.base, files or {}),
+                dataclasses.replace(SETTINGS, **changes), folder)
+  made._served = served
+  return made
+
+
+async def events_of(ticket) -> list:
+  return [event async for event in ticket]
+
+
+async def refused(ticket) -> Exception:
+  with pytest.raises(Exception) as caught:
+    await events_of(ticket)
+  return caught.value
+
+
+def run(engine, work):
+  """work() while the engine runs; its result."""
+  async def main():
+    engine.start()
+    try:
+      return await asyncio.wait_for(work(), 60)
+    finally:
+      await engine.stop()
+  return asyncio.run(main())
+
+
+def random_requests(names, count, seed=0):
+  rng, requests = np.random.default_rng(seed), []
+  for i in range(count):
+    model, size = rng.choice(names), rng.integers(1, 7)
+    inputs = (' '.join(rng.choice(WORDS, size)) if i % 3 else
+              tuple(map(int, rng.integers(2, 90, rng.integers(1, LONGEST + 1)))))
+    inputs = tuple(inputs[:LONGEST]) if isinstance(inputs, tuple) else inputs
+    if rng.integers(2):
+      labels = tuple(rng.permutation(WORDS)[:rng.integers(1, 5)])
+      requests.append(Classification(str(model), inputs, tuple(map(str, labels)),
+                                     bool(rng.integers(2)), bool(rng.integers(2))))
+    else:
+      drawn = dict(temperature=float(rng.uniform(0.5, 2)), top_k=int(rng.integers(0, 9)),
+                   top_p=float(rng.choice([1.0, 0.7])), seed=int(rng.integers(99)))
+      requests.append(Generation(
+          str(model), inputs, int(rng.integers(1, DECODED + 1)) if rng.integers(2) else None,
+          n=int(rng.integers(1, 3)), stop=tuple(map(str, rng.choice(list('aeiou '), 2))) * (i % 2),
+          **(drawn if rng.integers(2) else {})))
+  return requests
+
+
+def texts_of(events, n) -> list[tuple[str, str, float]]:
+  """(text, reason, log p) of each choice; its pieces come before its end, nothing after it."""
+  found = []
+  for index in range(n):
+    own = [event for event in events if event.index == index]
+    assert all(isinstance(event, Text) and event.text for event in own[:-1])
+    assert isinstance(own[-1], Finished)
+    found.append((''.join(event.text for event in own[:-1]), own[-1].reason,
+                  own[-1].log_likelihood))
+  return found
+
+
+def check(offline, bank, request, events):
+  """Raises unless they are the offline answer."""
+  if isinstance(request, Generation):
+    found, expected = texts_of(events, request.n), offline.texts(bank, request)
+    assert [each[:2] for each in found] == [each[:2] for each in expected]
+    np.testing.assert_allclose([each[2] for each in found], [each[2] for each in expected],
+                               rtol=1e-4, atol=1e-5)
+    return tuple(each[0] for each in found)
+  [answer] = events
+  raw, shares = offline.classes(bank, request)
+  assert answer.labels == request.labels and sum(answer.probabilities) == pytest.approx(1)
+  np.testing.assert_allclose(answer.log_likelihoods, raw, rtol=1e-4)
+  np.testing.assert_allclose(answer.probabilities, shares, atol=1e-5)
+  return answer.probabilities
+
+
+def test_every_answer_is_the_offline_one_and_nothing_is_compiled_for_it(offline, served, files):
+  """A mix of prompts, prefixes, lengths, kinds and settings, all at once."""
+  requests = random_requests(['base', *files], 120)
+  made, compiled = make(offline, served), []
+  listen = lambda name, *_, **__: compiled.append(name) if 'backend_compile' in name else None
+
+  async def work():
+    tickets = [made.submit(request) for request in requests]
+    return await asyncio.gather(*map(events_of, tickets))
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    answers = run(made, work)
+    assert not compiled
+    jax.jit(lambda x: 3 * x + len(compiled))(1.5)
+    assert compiled, 'the listener hears of no compilation'
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  different = {check(offline, served.bank, request, events)
+               for request, events in zip(requests, answers, strict=True)}
+  assert len(different) > 70, 'answers that are alike could be crossed unseen'
+  now = made.statistics()
+  assert max(now.batches) == 4 and now.queued == now.running == 0
+  assert now.generated_tokens == sum(event.tokens for events in answers for event in events
+                                     if isinstance(event, Finished))
+
+
+def test_the_base_and_the_prompts_are_models(offline, served):
+  base, *prompts = make(offline, served).models()
+  assert base.name == 'base' and base.labels is None and base.created > 1.7e9
+  assert [model.name for model in prompts] == sorted(served.bank.files)
+  named = {model.name: model for model in prompts}
+  assert named['before'].labels == ('good', 'bad') and named['before'].task == 'reviews'
+
+
+def test_a_full_queue_refuses_all_of_a_request_or_nothing(offline, served):
+  async def work():
+    made.submit(Generation('before', 'a', n=3))
+    with pytest.raises(Overloaded) as caught:
+      made.submit(Generation('before', 'a', n=2))
+    assert caught.value.retry_after and made.health()['queued'] == 3
+    made.submit(Generation('end', 'a'))
+  made = make(offline, served, max_queue=4)
+  asyncio.run(work())
+
+
+def test_cancelled_and_late_ones_free_their_place_and_hurt_no_other(offline, served):
+  made = make(offline, served, chunk=1)
+  requests = random_requests(['before', 'end', 'keys'], 24, seed=1)
+
+  async def work():
+    tickets = [made.submit(request) for request in requests]
+    late = [made.submit(Generation('end', 'a', deadline=time.monotonic() + 1e-4))
+            for _ in range(3)]
+    for ticket in tickets[::2]:
+      ticket.cancel()
+      ticket.cancel()
+    assert [type(await refused(ticket)) for ticket in late] == [Late] * 3
+    halfway = made.submit(Generation('before', 'a', n=2))
+    async for _ in halfway:
+      halfway.cancel()
+      break
+    cancelled = await asyncio.gather(*map(events_of, tickets[::2]))
+    return cancelled, await asyncio.gather(*map(events_of, tickets[1::2]))
+
+  cancelled, answers = run(made, work)
+  in_time = [pair for pair in zip(requests[::2], cancelled, strict=True) if not pair[1]]
+  assert len(in_time) > 6  # the others were answered before
+  for request, events in zip(requests, [x for pair in zip(cancelled, answers, strict=True)
+                                        for x in pair], strict=True):
+    if events:
+      check(offline, served.bank, request, events)
+  assert all(answers)
+  now = made.statistics()
+  assert now.queued == now.running == 0 and now.cancelled == len(in_time) + 1
+
+
+def test_a_short_answer_does_not_wait_for_a_long_one(offline, served):
+  made, order = make(offline, served, chunk=1), []
+
+  async def work():
+    async def note(ticket, name):
+      await events_of(ticket)
+      order.append(name)
+    texts = made.submit(Generation('before', 'a film', temperature=2.0, seed=5))
+    first = await anext(texts)
+    assert isinstance(first, Text)
+    await asyncio.gather(note(texts, 'text'),
+                         note(made.submit(Classification('before', 'a film')), 'label'))
+  run(made, work)
+  assert order == ['label', 'text']
+
+
+def test_a_failing_batch_fails_alone(offline, served, monkeypatch, caplog):
+  def broken(_):
+    raise RuntimeError('out of memory')
+  made, request = make(offline, served), Generation('end', 'a song')
+
+  async def work():
+    good = made.submit(request)
+    with monkeypatch.context() as patch:
+      patch.setattr(engine_module, 'label_scores', broken)
+      error = await refused(made.submit(Classification('before', 'a')))
+    assert isinstance(error, Failed) and 'memory' not in error.message
+    assert 'out of memory' in caplog.text
+    assert isinstance((await events_of(made.submit(Classification('before', 'a'))))[0], Labels)
+    return await events_of(good)
+  check(offline, served.bank, request, run(made, work))
+
+
+def test_stopping_finishes_what_was_accepted_and_takes_nothing_more(offline, served):
+  requests = random_requests(['before', 'keys'], 20, seed=2)
+  made = make(offline, served, chunk=1)
+
+  async def work():
+    made.start()
+    tickets = [made.submit(request) for request in requests]
+    stopping = asyncio.create_task(made.stop())
+    await asyncio.sleep(0)
+    with pytest.raises(Stopping):
+      made.submit(requests[0])
+    assert made.health()['status'] == 'stopping'
+    answers = await asyncio.gather(*map(events_of, tickets))
+    await stopping
+    return answers
+  for request, events in zip(requests, asyncio.run(work()), strict=True):
+    check(offline, served.bank, request, events)
+
+
+def test_stopping_has_a_time_limit(offline, served, monkeypatch):
+  made = make(offline, served, shutdown_seconds=0.0, chunk=1)
+
+  async def work():
+    made.start()
+    tickets = [made.submit(Generation('before', 'a film', n=4)) for _ in range(40)]
+    await made.stop()
+    ends = await asyncio.gather(*map(events_of, tickets), return_exceptions=True)
+    assert isinstance(ends[-1], Stopping)
+    assert all(isinstance(end, Stopping) or len(texts_of(end, 4)) == 4 for end in ends)
+  asyncio.run(work())
+
+
+def test_prompts_come_change_and_go_under_way(offline, served, files, tmp_path):
+  save = lambda name, file: prompt_file.save(tmp_path / f'{name}.safetensors', file)
+  for name, file in files.items():
+    save(name, file)
+  folder = PromptFolder(str(tmp_path), reserved='base')
+  made = make(offline, None, folder=folder, batch_sizes=(1,), widths=(32,), chunk=1)
+  text = lambda name: Generation(name, 'a lovely film', temperature=2.0, seed=1)
+
+  async def work():
+    assert {model.name for model in made.models()} == {'base', *files}
+    assert await made.reload() == {'added': [], 'removed': [], 'refused': {}}
+    before = made._served
+    under_way = [(name, made.submit(text(name))) for name in ('end', 'before', 'infix')]
+    save('end', prompt(offline.base, 7, 11, 'end'))  # another of its name
+    save('new', prompt(offline.base, 2, 12))
+    (tmp_path / 'before.safetensors').unlink()
+    (tmp_path / 'bad.safetensors').write_bytes(b'garbage')
+    told = await made.reload()
+    assert (told['added'], told['removed'], list(told['refused'])) == (
+        ['end', 'new'], ['before'], ['bad'])
+    assert made._served.programs.fresh == 0, 'there was room: nothing compiles'
+    with pytest.raises(UnknownModel):
+      made.submit(text('before'))
+    for name, ticket in under_way:  # accepted with the old bank
+      check(offline, before.bank, text(name), await events_of(ticket))
+    for name in ('end', 'new', 'infix', 'keys'):
+      check(offline, made._served.bank, text(name), await events_of(made.submit(text(name))))
+    save('longest_keys', prefix(offline.base, 5, 13))  # of another shape
+    waiting = asyncio.create_task(made.reload())
+    while not waiting.done():  # the old bank answers while the new one's programs are compiled
+      await events_of(made.submit(text('new')))
+    assert (await waiting)['added'] == ['longest_keys'] and made._served.programs.fresh == 3
+    for name in ('longest_keys', 'keys', 'end'):
+      check(offline, made._served.bank, text(name), await events_of(made.submit(text(name))))
+
+  made.prepare()
+  run(made, work)
+
+
+def test_prompts_whose_programs_fail_to_compile_are_refused_and_the_old_go_on(
+    offline, served, files, tmp_path, monkeypatch, caplog):
+  def broken(*_):
+    raise RuntimeError('out of memory')
+  made = make(offline, served, folder=PromptFolder(str(tmp_path)))
+  for name, file in {**files, 'new': prompt(offline.base, 2, 12)}.items():
+    prompt_file.save(tmp_path / f'{name}.safetensors', file)
+  with monkeypatch.context() as patch:
+    patch.setattr(engine_module, 'compile_programs', broken)
+    told = made._reload()
+  assert 'new' in told['refused'] and not told['added'] and made._served is served
+  assert 'out of memory' in caplog.text
+  assert made._reload() == {**told, 'added': []}, 'not tried again while the file is as it was'
+  request = Generation('end', 'a song')
+  check(offline, served.bank, request, run(made, lambda: events_of(made.submit(request))))
+
+
+def test_a_network_without_an_encoder(bpe_file):
+  config = GPTConfig(vocab_size=320, emb_dim=8, num_heads=2, num_layers=1, head_dim=4, mlp_dim=16,
+                     max_positions=LONGEST + DECODED + 4)
+  offline = Offline(base_checkpoint.random_base(config, str(bpe_file)))
+  files = {'one': prompt(offline.base, 4, 0), 'two': prompt(offline.base, 2, 1)}
+  made = make(offline, None, files, batch_sizes=(4,), widths=(32,))
+  name = offline.base.name
+  requests = [dataclasses.replace(request, labels=('a', 'is')) if hasattr(request, 'labels')
+              else request for request in random_requests([name, *files], 40, seed=3)
+              if isinstance(request.inputs, tuple)]
+
+  async def work():
+    return await asyncio.gather(*(events_of(made.submit(request)) for request in requests))
+  made.prepare()
+  for request, events in zip(requests, run(made, work), strict=True):
+    check(offline, made._served.bank, request, events)
+  with pytest.raises(ValueError, match='positions'):
+    make(offline, None, {'long': prompt(offline.base, 6, 0)})
+
+
+def test_settings_that_cannot_be(offline):
+  for wrong in (dict(chunk=0), dict(batch_sizes=(8, 1)), dict(widths=(0,)),
+                dict(max_decode_length=0), dict(poll_seconds=-1)):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+      dataclasses.replace(SETTINGS, **wrong)
