@@ -12,8 +12,8 @@ from prompt_tuning_jax import launch, verb
 ABOUT = ('Runs `train` once for each seed, in MODEL_DIR/seed_N, and then all prompts on the '
          'evaluation data in the same batches: on average, the best, and together, by majority '
          'vote and by mean probability (MODEL_DIR/ensemble.json). What is done is not done again. '
-         'All flags but --seeds are those of `train`. The prompts in MODEL_DIR/prompts are a folder '
-         'for eval --prompts and serve.')
+         'All flags but --seeds are those of `train`. The prompts in MODEL_DIR/prompts are a '
+         'folder for eval --prompts and serve.')
 MODEL_DIR = '--gin.MODEL_DIR='
 
 

@@ -154,6 +154,8 @@ def _load_numpy(path: str) -> np.ndarray:
   except (ValueError, OSError, EOFError, TypeError, SyntaxError, OverflowError) as error:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise ValueError(f'{path} is not a .npy prompt: {reason.rstrip(".")}.') from None
+  if not isinstance(array, np.ndarray):
+    raise ValueError(f'{path} is not a .npy prompt: it is an archive of arrays.')
   if array.dtype not in (np.float32, np.float64, np.float16) or array.ndim != 2:
     raise ValueError(f'{path} is not a prompt: expected floats [P, D], got {array.dtype} '
                      f'{list(array.shape)}.')

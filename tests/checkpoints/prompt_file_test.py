@@ -203,10 +203,12 @@ def test_numpy_prompts(tmp_path):
     prompt_file.check(prompt, make_base(config=types.SimpleNamespace(emb_dim=8, vocab_size=32)))
   (tmp_path / 'short.npy').write_bytes((tmp_path / 'prompt.npy').read_bytes()[:-8])
   (tmp_path / 'empty.npy').write_bytes(b'')
+  np.savez(tmp_path / 'archive', np.ones((2, 2)))
+  (tmp_path / 'archive.npz').rename(tmp_path / 'archive.npy')
   np.save(tmp_path / 'objects.npy', np.array([{}]), allow_pickle=True)
   np.save(tmp_path / 'integers.npy', np.ones((2, 2), int))
   np.save(tmp_path / 'vector.npy', np.ones(3))
-  for name in ('short', 'empty', 'objects', 'integers', 'vector'):
+  for name in ('short', 'empty', 'archive', 'objects', 'integers', 'vector'):
     with pytest.raises(ValueError) as error:
       prompt_file.load(tmp_path / f'{name}.npy')
     assert f'{name}.npy is not a' in one_line(error)
