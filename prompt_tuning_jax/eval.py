@@ -3,6 +3,7 @@
 import json
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from prompt_tuning_jax import verb
@@ -49,16 +50,20 @@ def _task(flags, prompted) -> Answered:
 
 def _file(flags, prompted) -> Answered:
   """A file's name, metrics, and rows with their predictions."""
+  import collections
+
   import numpy as np
 
   from prompt_tuning_jax import jsonl, metrics
+  from prompt_tuning_jax.data import text_file
   from prompt_tuning_jax.training import ensemble
   rows = list(jsonl.rows(flags.input))
   if not rows:
     raise ValueError(f'{flags.input} has no rows.')
   inputs = [prompted.tokens(place, row, 'input', flags.max_input_length) for place, row in rows]
-  targets = [_target(prompted, place, row) for place, row in rows]
-  labels = _labels(prompted, targets)
+  told = _told(prompted)
+  targets = [_target(prompted, place, row, told or ()) for place, row in rows]
+  labels = text_file.labels_among(collections.Counter(targets)) if told is None else told
   for (place, _), target in zip(rows, targets, strict=True):
     if labels and target not in labels:
       raise ValueError(f'{place}: the target {target!r} is none of the labels {labels}.')
@@ -82,31 +87,25 @@ def _file(flags, prompted) -> Answered:
   return pathlib.Path(name).stem, {'examples': len(rows), **values}, answered
 
 
-def _target(prompted, place: str, row: dict[str, Any]) -> str:
+def _target(prompted, place: str, row: dict[str, Any], labels: Sequence[str]) -> str:
   """A row's target as text. Ids of a label are that label, though it may be written otherwise."""
   ids = prompted.tokens(place, row, 'target').tolist()
   if row.get('target_tokens') is None:
     return row['targets'].strip()
   end = [prompted.vocabulary.eos_id]
-  for label in prompted.metadata.get('labels') or ():
+  for label in labels:
     if prompted.vocabulary.encode(label) + end == ids:
       return label
   return prompted.vocabulary.decode(ids).strip()
 
 
-def _labels(prompted, targets: list[str]) -> list[str]:
-  """The prompt's labels; [] is free text. Without a prompt that tells, what the targets are."""
-  import collections
-
-  from prompt_tuning_jax.data import text_file
-  known = [file.metadata for file in prompted.bank.files.values()] if prompted.bank else [
-      prompted.metadata]
-  told = {tuple(metadata['labels'] or ()) for metadata in known if 'labels' in metadata}
-  if len(told) > 1:
-    raise ValueError(f'The prompts have different labels, so they are no ensemble: {sorted(told)}.')
-  if told:
-    return list(told.pop())
-  return text_file.labels_among(collections.Counter(targets))
+def _told(prompted) -> list[str] | None:
+  """The labels that the prompts tell; [] is free text; None if none of them tells."""
+  files = prompted.bank.files.values() if prompted.bank else [prompted]
+  told = [file.metadata['labels'] or [] for file in files if 'labels' in file.metadata]
+  if any(sorted(labels) != sorted(told[0]) for labels in told):
+    raise ValueError(f'The prompts have different labels, so they are no ensemble: {told}.')
+  return told[0] if told else None
 
 
 def main(argv: list[str]) -> int:

@@ -15,6 +15,9 @@ def infer(flags, prompted) -> None:
   from prompt_tuning_jax import jsonl
   if (flags.length_normalized or flags.calibrated or flags.labels) and not flags.rank:
     raise ValueError('--labels, --length_normalized and --calibrated belong to --rank.')
+  if flags.rank and verb.decoding(flags) != verb.decoding(None):
+    raise ValueError('--rank generates no text: --num_beams, --temperature and other flags of '
+                     'generation do not belong to it.')
   answer = _ranking(flags, prompted) if flags.rank else _generating(flags, prompted)
   count = jsonl.answer_file(flags.input, flags.output, answer,
                             settings=verb.settings(flags, prompted))
@@ -47,9 +50,17 @@ def _ranking(flags, prompted) -> Callable[[list], list[dict]]:
   prior = functools.cache(lambda labels: predictor.prior(prompted.untuned, labels))
   lengths = functools.cache(lambda labels: [len(ids) for ids in predictor.choice_ids([labels])[0]])
 
+  @functools.cache
+  def distinct(labels):
+    ids = list(map(tuple, predictor.choice_ids([labels])[0]))
+    if len(set(ids)) < len(ids) or len(labels) < 2:
+      raise ValueError(f'Labels should be two or more that the vocabulary writes differently, got '
+                       f'{list(labels)}.')
+    return labels
+
   def answer(part):
     inputs = [prompted.tokens(place, row, 'input', flags.max_input_length) for place, row in part]
-    choices = [tuple(flags.labels or prompted.labels(place, row)) for place, row in part]
+    choices = [distinct(tuple(flags.labels or prompted.labels(place, row))) for place, row in part]
     ranked = predictor.rank(prompted.params, inputs, choices, prompted.slots(part))
     answers = []
     for labels, scores in zip(choices, ranked, strict=True):

@@ -18,8 +18,10 @@ from prompt_tuning_jax.data import text_file
 logger = logging.getLogger(__name__)
 
 # A part ends at so many rows, or as soon as it has so many bytes of text. Its rows are sorted into
-# batches: were it 1,024 rows, batches of 128 short texts would be half padding.
-CHUNK, MOST_BYTES = 4096, 16 << 20
+# batches: were it 1,024 rows, batches of 128 short texts would be half padding. The first parts are
+# short, each may have twice the rows of the one before: little is lost of a short file, and something
+# is seen of a slow one.
+FIRST, CHUNK, MOST_BYTES = 256, 4096, 16 << 20
 DELAY, SECONDS = 2, 30  # until there is a bar; between lines of progress without a terminal
 Row = dict[str, Any]
 Placed = tuple[str, Row]
@@ -86,15 +88,15 @@ def _parts(source: str, file: BinaryIO) -> Iterator[tuple[list[Placed], str]]:
   Equal rows make equal parts: a resumed run has the batches of an uninterrupted one, and so its
   very digits.
   """
-  part, digest, size = [], hashlib.sha256(), 0
+  part, digest, size, limit = [], hashlib.sha256(), 0, min(FIRST, CHUNK)
   for place, row in text_file.read_rows(source, otherwise='JSON', file=file):
     line = _line(place, row)
     digest.update(place.removeprefix(source).encode() + b':' + line)
     size += len(line)
     part.append((place, row))
-    if len(part) == CHUNK or size >= MOST_BYTES:
+    if len(part) == limit or size >= MOST_BYTES:
       yield part, digest.hexdigest()
-      part, digest, size = [], hashlib.sha256(), 0
+      part, digest, size, limit = [], hashlib.sha256(), 0, min(2 * limit, CHUNK)
   if part:
     yield part, digest.hexdigest()
 

@@ -29,7 +29,7 @@ NO_TARGET = (1,)
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoding:
+class DecodingSettings:
   """How texts are generated: greedily, unless told otherwise.
 
   Args:
@@ -56,7 +56,7 @@ class Decoding:
     expect(self.num_samples >= 1, f'num_samples should be at least 1, got {self.num_samples}')
     expect(0 <= self.temperature < float('inf'),
            f'temperature should be 0 or more, got {self.temperature}')
-    expect(self.top_k >= 0, f'top_k should be 0 (all) or more, got {self.top_k}')
+    expect(0 <= self.top_k < 1 << 31, f'top_k should be 0 (all) or more, got {self.top_k}')
     expect(0 < self.top_p <= 1, f'top_p should be above 0 and at most 1, got {self.top_p}')
     expect(self.num_beams >= 1, f'num_beams should be at least 1, got {self.num_beams}')
     expect(self.num_beams == 1 or not self.temperature,
@@ -65,7 +65,14 @@ class Decoding:
            f'{self.num_beams} beams give no {self.num_samples} texts: raise num_beams')
     expect(self.num_samples == 1 or self.temperature or self.num_beams > 1,
            f'{self.num_samples} greedy texts would be one: set temperature or num_beams')
+    expect(self.temperature or (not self.top_k and self.top_p == 1),
+           'top_k and top_p belong to a temperature above 0')
+    expect(abs(self.length_penalty) <= 100,
+           f'length_penalty should be such as 0.6, got {self.length_penalty}')
+    expect(self.seed >= 0, f'seed should be 0 or more, got {self.seed}')
     expect(all(self.stop), 'A stop string is empty')
+    expect(all(text.encode('utf-8', 'ignore').decode() == text for text in self.stop),
+           'A stop string is no text in UTF-8')
     expect(self.num_beams == 1 or not self.stop, 'Beam search takes no stop strings')
 
   @property
@@ -161,9 +168,9 @@ class Predictor:
   def generate(self, params: PyTree, inputs: Sequence[Tokens],
                slots: Sequence[Slot] | None = None) -> list[str]:
     """The most probable text, token by token, of each input."""
-    return [texts[0].text for texts in self.generate_with(params, inputs, Decoding(), slots)]
+    return [texts[0].text for texts in self.generate_with(params, inputs, DecodingSettings(), slots)]
 
-  def generate_with(self, params: PyTree, inputs: Sequence[Tokens], decoding: Decoding,
+  def generate_with(self, params: PyTree, inputs: Sequence[Tokens], decoding: DecodingSettings,
                     slots: Sequence[Slot] | None = None,
                     numbers: Sequence[int] | None = None) -> list[list[Generated]]:
     """`decoding.num_samples` texts of each input.
@@ -179,11 +186,12 @@ class Predictor:
       tokens = self._partitioner.put_batch(batch)['encoder_input_tokens']
       return search(params, tokens, added, decoding, [numbers[i] for i in rows])
 
+    beside = max(decoding.num_samples, decoding.num_beams)  # rows of each input
     return [[Generated(stop_strings.cut(self._vocabulary.decode(tokens), decoding.stop)[0],
                        float(score)) for tokens, score in zip(*found, strict=True)]
-            for found in self._run(inputs, run, slots=slots)]
+            for found in self._run(inputs, run, slots=slots, beside=beside)]
 
-  def _draw(self, params, tokens, added, decoding: Decoding, numbers: Sequence[int]):
+  def _draw(self, params, tokens, added, decoding: DecodingSettings, numbers: Sequence[int]):
     """([B, samples, max_length], [B, samples])."""
     rows, repeats = len(numbers) * decoding.num_samples, decoding.num_samples
     choose, stops = token_choice.Greedy(), None
@@ -203,7 +211,7 @@ class Predictor:
                            stops=stops)
     return jax.tree.map(lambda x: x.reshape(-1, repeats, *x.shape[1:]), found)
 
-  def _search(self, params, tokens, added, decoding: Decoding, numbers: Sequence[int]):
+  def _search(self, params, tokens, added, decoding: DecodingSettings, numbers: Sequence[int]):
     """([B, samples, max_length], [B, samples])."""
     found = self._beams(params, tokens, max_length=self._max_decode_length,
                         num_beams=decoding.num_beams, penalty=decoding.penalty,
@@ -233,11 +241,11 @@ class Predictor:
 
   def _run(self, inputs: Sequence[Tokens], run: Callable[[list[int], Batch, Added | None], PyTree],
            targets: Sequence[Tokens] | None = None,
-           slots: Sequence[Slot] | None = None) -> list:
+           slots: Sequence[Slot] | None = None, beside: int = 1) -> list:
     """run(indices, batch, added) over all inputs in batches; results in the order of the inputs."""
     results = [None] * len(inputs)
     waiting: list[tuple[list[int], PyTree]] = []
-    for live, rows in self._groups(inputs, slots):
+    for live, rows in self._groups(inputs, slots, beside):
       batch = batches.batch_of([inputs[i] for i in rows],
                                [targets[i] if targets else NO_TARGET for i in rows],
                                [self._virtual_of(slots, i) for i in rows])
@@ -249,16 +257,20 @@ class Predictor:
       _collect(results, *item)
     return results
 
-  def _groups(self, inputs: Sequence[Tokens],
-              slots: Sequence[Slot] | None) -> Iterator[tuple[list[int], list[int]]]:
+  def _groups(self, inputs: Sequence[Tokens], slots: Sequence[Slot] | None,
+              beside: int) -> Iterator[tuple[list[int], list[int]]]:
     """(indices answered, indices of a full batch), the longest inputs first.
 
-    The last batch is filled up with copies of its last row.
+    The last batch is filled up with copies of its last row. Where each input becomes several rows
+    on the device, a batch has fewer of them.
     """
     order = sorted(range(len(inputs)), key=lambda i: (-self._length(inputs, slots, i), i))
-    for start in range(0, len(order), self._batch_size):
-      live = order[start:start + self._batch_size]
-      yield live, live + [live[-1]] * (self._batch_size - len(live))
+    size, devices = self._batch_size, self._partitioner.mesh.size
+    if beside > 1:
+      size = max(1, size // beside // devices) * devices
+    for start in range(0, len(order), size):
+      live = order[start:start + size]
+      yield live, live + [live[-1]] * (size - len(live))
 
 
 def _collect(results: list, live: list[int], outputs: PyTree) -> None:

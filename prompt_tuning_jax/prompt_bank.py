@@ -79,12 +79,8 @@ class PromptBank:
     try:
       prompt_file.check(file, self.base)
       parts(file, self.base.config)
+      check_kinds(file)
       _check_changes(file, self.base.config)
-      for path in file.params:
-        if _kind(path) is None:
-          raise ValueError(
-              f'it holds {path}, which the whole batch would have: batches of several prompts take '
-              'soft prompts, prefixes, adapters, LoRA and IA3. Use it alone, with --prompt.')
     except ValueError as error:
       raise ValueError(f'{name}: {error}') from None
 
@@ -126,7 +122,7 @@ class PromptBank:
       virtual = None
       if (rows := file.params.get(prompt_file.EMBEDDING)) is not None:
         virtual = VirtualTokens(self.base.config.vocab_size, len(rows),
-                                file.metadata.get('placement', 'before'), offset)
+                                file.metadata.get('placement') or 'before', offset)
         offset += len(rows)
       slots[name] = Slot(virtual, **{kind: rows.get(name, 0) for kind, rows in row.items()})
     return slots
@@ -186,6 +182,15 @@ class PromptBank:
     return weight_changes.stacked([{}, *trees, *[{}] * spare]) if names else {}
 
 
+def check_kinds(file: PromptFile) -> None:
+  """Raises ValueError for a file that no bank can take, whatever the base."""
+  for path in file.params:
+    if _kind(path) is None:
+      raise ValueError(
+          f'it holds {path}, which the whole batch would have: batches of several prompts take '
+          'soft prompts, prefixes, adapters, LoRA and IA3. Use it alone, with --prompt.')
+
+
 def parts(file: PromptFile, config: Any) -> tuple[dict[str, nn.Module], VirtualTokens | None]:
   """The modules that own a file's leaves, and the ids of its prompt.
 
@@ -198,7 +203,7 @@ def parts(file: PromptFile, config: Any) -> tuple[dict[str, nn.Module], VirtualT
     modules['prompt'] = LayeredPrompt(config.prompted_layers, rows.shape[1], config.emb_dim)
   if rows is not None:
     virtual = VirtualTokens(config.vocab_size, rows.shape[-2],
-                            file.metadata.get('placement', 'before'))
+                            file.metadata.get('placement') or 'before')
   if prefixes := file.under('prefix'):
     first = next(iter(prefixes.values()))
     length = first.shape[2] if first.ndim > 2 else 0

@@ -38,7 +38,13 @@ class PromptedBase:
 
   def slots(self, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Slot] | None:
     """The slots of [(place, fields), …]; None without a bank."""
-    return None if self.bank is None else [
+    if self.bank is None:
+      named = [place for place, row in rows if 'prompt' in row]
+      if named and not self.identity.get('prompt'):
+        raise ValueError(f'{named[0]} names a "prompt", but there is none: give --prompts=FOLDER (or '
+                         '--prompt, one for all rows).')
+      return None
+    return [
         self.bank.slot(self.name(place, row)) for place, row in rows]
 
   def name(self, place: str, row: Mapping[str, Any]) -> str:
@@ -47,9 +53,10 @@ class PromptedBase:
     Raises ValueError with the nearest name for one that the bank does not have.
     """
     name = row.get('prompt')
-    if name not in self.bank.files:
+    if not isinstance(name, str) or name not in self.bank.files:
       near = difflib.get_close_matches(str(name), self.bank.files, 1)
-      what = 'there is no field "prompt"' if 'prompt' not in row else f'there is no prompt {name!r}'
+      what = ('there is no field "prompt"' if 'prompt' not in row else
+              f'there is no prompt {str(name)[:40]!r}')
       hint = f' Did you mean {near[0]}?' if near else ''
       raise ValueError(f'{place}: {what}; the prompts are {", ".join(self.bank.files)}.{hint}')
     return name
@@ -77,7 +84,8 @@ class PromptedBase:
           or not all(type(i) is int and 0 < i < size for i in ids)):
         raise ValueError(f'{place}: {name}_tokens should be a list of ids from 1 to {size - 1}, '
                          f'got {str(ids)[:40]}.')
-      return np.asarray(ids[:max_length], np.int32)
+      cut = max_length is not None and len(ids) > max_length
+      return np.asarray([*ids[:max_length - 1], ids[-1]] if cut else ids, np.int32)
     if not isinstance(text, str):
       raise ValueError(f'{place}: expected text in "{name}s" or ids in "{name}_tokens", got the '
                        f'fields {sorted(row)}.')
@@ -115,6 +123,7 @@ def load(base: str, prompt: str | None = None, *, prompts: str | Mapping[str, st
   predictor = Predictor(PromptedModel(config.network(), **modules), vocabulary, virtual,
                         batch_size, max_decode_length, partitioner, bank)
   identity = {'base': loaded.fingerprint, 'vocabulary': vocabulary.sha256, 'dtype': dtype,
+              'network': str(loaded.config),
               'prompt': file and file.sha256, 'batch_size': batch_size,
               'prompts': files and {name: each.sha256 for name, each in files.items()}}
   return PromptedBase(predictor, params, vocabulary, metadata, bank, loaded.params, identity)

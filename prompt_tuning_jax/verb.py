@@ -44,7 +44,7 @@ def parser(name: str, description: str, bank: str = '') -> argparse.ArgumentPars
 
 
 def decoding_flags(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
-  """The flags of verbs that generate text (`predictor.Decoding`)."""
+  """The flags of verbs that generate text (`predictor.DecodingSettings`)."""
   add = made.add_argument
   add('--num_beams', type=int, default=1, metavar='N', help='beam search of this width')
   add('--length_penalty', type=float, default=0.6, metavar='ALPHA',
@@ -60,18 +60,21 @@ def decoding_flags(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
   return made
 
 
-def decoding(flags: argparse.Namespace):
-  """What these flags say; raises ValueError."""
+def decoding(flags: argparse.Namespace | None):
+  """What these flags say, or the defaults; raises ValueError."""
   import dataclasses
 
-  from prompt_tuning_jax.predictor import Decoding
-  given = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Decoding)}
-  return Decoding(**{**given, 'stop': tuple(flags.stop)})
+  from prompt_tuning_jax.predictor import DecodingSettings
+  if flags is None:
+    return DecodingSettings()
+  given = {field.name: getattr(flags, field.name) for field in dataclasses.fields(DecodingSettings)}
+  return DecodingSettings(**{**given, 'stop': tuple(flags.stop)})
 
 
 def settings(flags: argparse.Namespace, prompted) -> dict:
   """What the answers to a row depend on, as JSON."""
-  beside = ('base', 'prompt', 'prompts', 'network', 'vocabulary', 'input', 'output')
+  beside = ('base', 'prompt', 'prompts', 'network', 'vocabulary', 'input', 'output',
+            'batch_size', 'dtype')
   return {'version': __version__, **prompted.identity,
           **{f'--{name}': value for name, value in vars(flags).items() if name not in beside}}
 

@@ -99,6 +99,10 @@ def test_beams_and_stops(answered):
     (('--num_beams', '2', '--stop', 'x'), 'no stop strings'),
     (('--temperature', '-1'), '0 or more'), (('--temperature', 'nan'), '0 or more'),
     (('--top_p', '0'), 'above 0'), (('--top_k', '-3'), '0 (all) or more'),
+    (('--top_k', '9999999999', '--temperature', '1'), '0 (all) or more'),
+    (('--top_p', '0.5'), 'belong to a temperature'), (('--seed', '-1'), '0 or more'),
+    (('--num_beams', '2', '--length_penalty', 'nan'), 'such as 0.6'),
+    (('--rank', '--temperature', '1'), 'do not belong to it'), (('--stop', '\udcff'), 'no text'),
     (('--stop', ''), 'stop string is empty'), (('--calibrated',), 'belong to --rank'),
     (('--prompt', 'x.safetensors'), 'Give --prompt'),
 ])
@@ -113,6 +117,7 @@ def test_flags_that_do_not_fit_are_one_line(tiny_base, folder, rows, tmp_path, c
 
 @pytest.mark.parametrize('row, said', [
     ({'prompt': 'secnd'}, "line 2: there is no prompt 'secnd'.*Did you mean second?"),
+    ({'prompt': ['first']}, 'there is no prompt'),
     ({}, 'line 2: there is no field "prompt"; the prompts are first, second, third')])
 def test_a_row_that_names_no_prompt_is_told(tiny_base, folder, rows, row, said):
   prompted = prompted_base.load(str(tiny_base), prompts=str(folder))
@@ -184,3 +189,61 @@ def test_seeds_are_trained_and_measured_by_one_command(tiny_base, reviews, tmp_p
   assert np.any(one.params[prompt_file.EMBEDDING] != other.params[prompt_file.EMBEDDING])
   assert train_ensemble.main(command) == 0  # All is there.
   assert train_ensemble.main(command[:2] + command[3:]) == 1  # One is no ensemble.
+
+
+@pytest.mark.parametrize('flags, said', [
+    (['--gin_file=task/mixture.gin', "--gin.MIXTURE_TASKS=('sst2', 'mrpc')"], 'one task'),
+    (['--gin.EVAL_PERIOD=0'], 'EVAL_PERIOD above 0'), (['--dry_run'], 'leave out --dry_run'),
+    (['--gin.run.train.seed=3'], '--seeds alone'), (['--gin.MODEL_DIR=/tmp/other'], 'once')])
+def test_what_is_no_ensemble_is_told_before_training(tmp_path, capsys, flags, said, monkeypatch):
+  monkeypatch.setattr(train_ensemble.launch, 'train', lambda argv: pytest.fail('it trained'))
+  monkeypatch.setattr('prompt_tuning_jax.training.run._checked', lambda tasks: tasks)
+  assert train_ensemble.main(['--seeds', '0', '1', '--gin_file=run/quick_start.gin',
+                              f'--gin.MODEL_DIR={tmp_path}', *flags]) == 1
+  error = capsys.readouterr().err.strip().splitlines()[-1]
+  assert error.startswith('error: ') and said in error
+
+
+def test_a_signal_ends_the_ensemble_and_not_the_seed_alone(tmp_path, monkeypatch):
+  seeds = []
+
+  def train(argv):
+    seeds.append(argv[-1])
+    (tmp_path / 'seed_0').mkdir()
+    (tmp_path / 'seed_0' / 'report.json').write_text('{"stopped": true}')
+    return 0
+
+  monkeypatch.setattr(train_ensemble.launch, 'train', train)
+  with pytest.raises(SystemExit) as stopped:
+    train_ensemble.members([], tmp_path, [0, 1])
+  assert stopped.value.code == 0 and len(seeds) == 1
+
+
+def test_labels_of_ids_and_in_another_order_are_the_same_labels(tiny_base, folder, rows, tmp_path,
+                                                               capsys):
+  other = prompt_file.load(folder / 'first.safetensors')
+  for name, labels in (('one', LABELS), ('two', LABELS[::-1])):
+    about = {**other.metadata, 'labels': labels}
+    prompt_file.save(tmp_path / f'{name}.safetensors', PromptFile(other.params, about))
+  words = prompted_base.load(str(tiny_base)).vocabulary
+  rows = [{'inputs': row['inputs'], 'target_tokens': [*words.encode(row['targets']), 1]}
+          for row in rows]
+  source = write(tmp_path / 'ids.jsonl', rows)
+  result = evaluated(capsys, '--base', str(tiny_base), '--prompts', str(tmp_path), '--input', source)
+  assert result['members']['one'] == result['members']['two'] == result['majority_vote']
+
+
+@pytest.mark.parametrize('labels, said', [(['a', 'a', 'b'], 'writes differently'),
+                                          (['good'], 'two or more')])
+def test_labels_that_are_one_are_refused(tiny_base, folder, rows, tmp_path, capsys, labels, said):
+  source = write(tmp_path / 'rows.jsonl', rows)
+  assert infer.main(['--base', str(tiny_base), '--prompts', str(folder), '--input', source, '--rank',
+                     '--output', str(tmp_path / 'o.jsonl'), '--labels', *labels]) == 1
+  assert said in capsys.readouterr().err
+
+
+def test_a_prompt_named_without_any_is_told(tiny_base, rows, tmp_path, capsys):
+  source = write(tmp_path / 'rows.jsonl', rows)
+  assert infer.main(['--base', str(tiny_base), '--input', source,
+                     '--output', str(tmp_path / 'o.jsonl')]) == 1
+  assert 'line 1 names a "prompt", but there is none' in capsys.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 from prompt_tuning_jax import prompted_base
 from prompt_tuning_jax.checkpoints import base_checkpoint, prompt_file
 from prompt_tuning_jax.checkpoints.prompt_file import PromptFile
-from prompt_tuning_jax.predictor import Decoding
+from prompt_tuning_jax.predictor import DecodingSettings
 from prompt_tuning_jax.prompt_bank import PromptBank, Slot
 
 RNG = np.random.default_rng(0)
@@ -105,7 +105,7 @@ def test_the_base_beside_prompts_is_the_base(tiny_base, mixed):
 
 
 def test_samples_do_not_depend_on_the_batch(mixed):
-  drawing = Decoding(num_samples=3, temperature=1.5, top_k=20, seed=4)
+  drawing = DecodingSettings(num_samples=3, temperature=1.5, top_k=20, seed=4)
   slots = [mixed.bank.slot(name) for name in LEAVES]
   all_of_them = mixed.predictor.generate_with(mixed.params, INPUTS, drawing, slots)
   again = mixed.predictor.generate_with(mixed.params, INPUTS[::-1], drawing, slots[::-1],
@@ -114,7 +114,7 @@ def test_samples_do_not_depend_on_the_batch(mixed):
       [each.text for each in texts] for texts in again[::-1]]
   assert len({each.text for each in all_of_them[0]}) > 1
   beams = mixed.predictor.generate_with(mixed.params, INPUTS,
-                                        Decoding(num_samples=2, num_beams=3), slots)
+                                        DecodingSettings(num_samples=2, num_beams=3), slots)
   assert all(best.score >= second.score for best, second in beams)
 
 

@@ -20,7 +20,7 @@ from prompt_tuning_jax.checkpoints.atomic_write import sync
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # Of the journal, and of how parts are made.
+VERSION = 2  # Of the journal, and of how parts are made.
 
 
 def beside(target: str | os.PathLike) -> pathlib.Path:

@@ -61,6 +61,7 @@ class Records:
   seconds: float = 0.0  # of training, compilation and evaluation, up to the last save
   best_seconds: float = 0.0
   peak_bytes: int = 0
+  stopped: bool = False  # by a signal, the last time
 
   def add(self, evaluation: Evaluation, step: int) -> bool:
     """Takes an evaluation; True if it is the best so far."""
@@ -124,7 +125,8 @@ def train(state: TrainState, frozen: PyTree, batches: Iterator[Batch], train_ste
         measure()
       if _due(step, schedule.save_period):
         _save_all(state, states, records, save, began)
-    if stop.is_set():
+    records.stopped = stop.is_set()
+    if records.stopped:
       logger.warning('Stopping at step %d as a signal asked; the same command resumes there.', step)
     _save_all(state, states, records, save, began)
     states.wait()

@@ -131,10 +131,7 @@ def evaluate_ensemble(files: Mapping[str, str], folder: pathlib.Path, *, task: A
   The arguments are those of `train`, as it trained them; `others` say how, which does not matter
   any more. Returns `ensemble.report`; raises ValueError for a mixture, or one without evaluation.
   """
-  tasks = _checked(mixture.as_mixture(task))
-  if len(tasks.tasks) != 1 or not tasks.tasks[0].eval_split:
-    raise ValueError('An ensemble is evaluated on one task that has an evaluation split, got '
-                     f'{tasks.name}.')
+  tasks = check_ensemble(task)
   base = _base(initial_checkpoint_path, network, vocabulary, parameter_dtype, partitioner, 0)
   words, lengths = _vocabulary(base), dict(task_feature_lengths)
   bank = PromptBank(base, {name: prompt_file.load(path) for name, path in files.items()})
@@ -147,6 +144,15 @@ def evaluate_ensemble(files: Mapping[str, str], folder: pathlib.Path, *, task: A
             **evaluator.ensemble(base.params, bank)[1]}
   report.write(folder, result, 'ensemble.json')
   return result
+
+
+def check_ensemble(task: Any, eval_period: int = 1) -> mixture.Mixture:
+  """The task as a mixture of one; ValueError where an ensemble's members cannot be compared."""
+  tasks = _checked(mixture.as_mixture(task))
+  if len(tasks.tasks) != 1 or not tasks.tasks[0].eval_split or not eval_period:
+    raise ValueError('An ensemble is of one task that has an evaluation split, with EVAL_PERIOD '
+                     f'above 0, got {tasks.name}.')
+  return tasks
 
 
 def _checked(tasks: mixture.Mixture) -> mixture.Mixture:
@@ -294,6 +300,7 @@ def _report(folder: pathlib.Path, sizes: Mapping[str, Any], records: loop.Record
   result = {
       'prompt': str(kept), 'metric': evaluator and evaluator.metric,
       'best_value': records.best_value, 'best_step': records.best_step, 'steps': steps,
+      'stopped': records.stopped,
       'seconds_to_best': records.best_seconds, 'seconds': records.seconds,
       'saved_bytes': report.saved_bytes(kept), 'saved_parameters': report.saved_parameters(kept),
       **sizes, **report.peak_memory(), 'peak_bytes': records.peak_bytes}
