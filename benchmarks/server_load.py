@@ -33,7 +33,7 @@ import psutil
 import prompt_tuning_jax
 from prompt_tuning_jax import prompted_base
 from prompt_tuning_jax.checkpoints import base_checkpoint, prompt_file
-from prompt_tuning_jax.predictor import Decoding
+from prompt_tuning_jax.predictor import DecodingSettings
 from prompt_tuning_jax.prompts.virtual_tokens import PLACEMENTS
 
 CLIENTS = {1: 0.1, 8: 0.3, 64: 0.6}  # clients -> their share of all requests
@@ -97,8 +97,8 @@ def answer_offline(prompts: str, requests: list[dict]) -> None:
         shares = np.exp(score - np.max(score))
         row['expected'] = dict(zip(names, (shares / np.sum(shares)).tolist(), strict=True))
     else:
-      decoding = (Decoding(temperature=1.0, top_p=0.9, seed=SEED) if kind == 'drawn' else
-                  Decoding())
+      decoding = (DecodingSettings(temperature=1.0, top_p=0.9, seed=SEED) if kind == 'drawn' else
+                  DecodingSettings())
       found = offline.predictor.generate_with(offline.params, inputs, decoding, slots,
                                               [0] * len(rows))
       for row, [text] in zip(rows, found, strict=True):

@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 # A part ends at so many rows, or as soon as it has so many bytes of text. Its rows are sorted into
 # batches: were it 1,024 rows, batches of 128 short texts would be half padding. The first parts are
-# short, each may have twice the rows of the one before: little is lost of a short file, and something
-# is seen of a slow one.
+# short, each may have twice the rows of the one before: little is lost of a short file, and
+# something is seen of a slow one.
 FIRST, CHUNK, MOST_BYTES = 256, 4096, 16 << 20
 DELAY, SECONDS = 2, 30  # until there is a bar; between lines of progress without a terminal
 Row = dict[str, Any]

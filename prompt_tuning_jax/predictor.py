@@ -168,7 +168,8 @@ class Predictor:
   def generate(self, params: PyTree, inputs: Sequence[Tokens],
                slots: Sequence[Slot] | None = None) -> list[str]:
     """The most probable text, token by token, of each input."""
-    return [texts[0].text for texts in self.generate_with(params, inputs, DecodingSettings(), slots)]
+    found = self.generate_with(params, inputs, DecodingSettings(), slots)
+    return [texts[0].text for texts in found]
 
   def generate_with(self, params: PyTree, inputs: Sequence[Tokens], decoding: DecodingSettings,
                     slots: Sequence[Slot] | None = None,

@@ -41,8 +41,8 @@ class PromptedBase:
     if self.bank is None:
       named = [place for place, row in rows if 'prompt' in row]
       if named and not self.identity.get('prompt'):
-        raise ValueError(f'{named[0]} names a "prompt", but there is none: give --prompts=FOLDER (or '
-                         '--prompt, one for all rows).')
+        raise ValueError(f'{named[0]} names a "prompt", but there is none: give --prompts=FOLDER '
+                         '(or --prompt, one for all rows).')
       return None
     return [
         self.bank.slot(self.name(place, row)) for place, row in rows]

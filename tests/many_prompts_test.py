@@ -229,7 +229,8 @@ def test_labels_of_ids_and_in_another_order_are_the_same_labels(tiny_base, folde
   rows = [{'inputs': row['inputs'], 'target_tokens': [*words.encode(row['targets']), 1]}
           for row in rows]
   source = write(tmp_path / 'ids.jsonl', rows)
-  result = evaluated(capsys, '--base', str(tiny_base), '--prompts', str(tmp_path), '--input', source)
+  result = evaluated(capsys, '--base', str(tiny_base), '--prompts', str(tmp_path), '--input',
+                     source)
   assert result['members']['one'] == result['members']['two'] == result['majority_vote']
 
 
@@ -237,8 +238,8 @@ def test_labels_of_ids_and_in_another_order_are_the_same_labels(tiny_base, folde
                                           (['good'], 'two or more')])
 def test_labels_that_are_one_are_refused(tiny_base, folder, rows, tmp_path, capsys, labels, said):
   source = write(tmp_path / 'rows.jsonl', rows)
-  assert infer.main(['--base', str(tiny_base), '--prompts', str(folder), '--input', source, '--rank',
-                     '--output', str(tmp_path / 'o.jsonl'), '--labels', *labels]) == 1
+  assert infer.main(['--base', str(tiny_base), '--prompts', str(folder), '--input', source,
+                     '--rank', '--output', str(tmp_path / 'o.jsonl'), '--labels', *labels]) == 1
   assert said in capsys.readouterr().err
 
 
