@@ -69,8 +69,7 @@ class PromptBank:
     object.__setattr__(self, 'files', dict(self.files))
     for name, file in self.files.items():
       self.check(name, file)
-    activations = {file.metadata.get('activation', 'gelu') for file in self.files.values()
-                   if file.under('adapter')}
+    activations = set(map(activation_of, self.files.values())) - {None}
     if len(activations) > 1:
       raise ValueError(f'The adapters of a bank need one activation, got {sorted(activations)}.')
 
@@ -108,6 +107,11 @@ class PromptBank:
   def longest(self) -> int:
     """The most tokens that a prompt adds to an input."""
     return max((slot.length for slot in self._slots.values()), default=0)
+
+  @property
+  def virtual_tokens(self) -> int:
+    """How many virtual tokens all of its prompts have."""
+    return sum(slot.length for slot in self._slots.values())
 
   def _with(self, kind: str) -> list[str]:
     """The names, in order, of the files that have leaves of a kind."""
@@ -180,6 +184,11 @@ class PromptBank:
                                     if _kind(path) == 'change'}) for name in names]
     spare = _capacity(len(names) + 1) - 1 - len(names)
     return weight_changes.stacked([{}, *trees, *[{}] * spare]) if names else {}
+
+
+def activation_of(file: PromptFile) -> str | None:
+  """That of its adapters, which all adapters of a bank must have; None where it has none."""
+  return file.metadata.get('activation', 'gelu') if file.under('adapter') else None
 
 
 def check_kinds(file: PromptFile) -> None:

@@ -58,18 +58,18 @@ def parser():
 
 def serve(flags) -> None:
   """Serves until SIGTERM or SIGINT."""
-  import math
   import signal
   app, listener = _http()
-  settings = app.Settings(api_keys=api_keys(flags), max_body_bytes=flags.max_body_bytes,
-                          request_seconds=flags.request_timeout)
   listening = bound(flags.host, flags.port)
+  settings = app.Settings(
+      api_keys=api_keys(flags), allowed_hosts=hosts(flags.host, listening.getsockname()[0]),
+      max_body_bytes=flags.max_body_bytes, request_seconds=flags.request_timeout,
+      shutdown_seconds=flags.shutdown_seconds)
   made = engine(flags)
   served = made.prepare()
   listening.listen(2048)  # From here on clients may come; until now they are turned away.
   host, port = listening.getsockname()[:2]
   server = listener.server(app.create_app(made, settings), settings, host, port)
-  server.config.timeout_graceful_shutdown = math.ceil(flags.shutdown_seconds)
   shown = f'[{host}]' if ':' in host else host
   count = len(served.bank.files)
   print(f'Serving {count} prompt{"s" * (count != 1)} of {served.bank.base.name} on '
@@ -137,8 +137,11 @@ def api_keys(flags) -> tuple[str, ...]:
   import logging
   keys = [os.environ[KEY].strip()] if os.environ.get(KEY, '').strip() else []
   if flags.api_key_file:
-    with open(flags.api_key_file, encoding='utf-8') as file:
-      found = [line.strip() for line in file if line.strip()]
+    try:
+      with open(flags.api_key_file, encoding='utf-8') as file:
+        found = [line.strip() for line in file if line.strip()]
+    except FileNotFoundError:
+      raise ValueError(f'There is no file {flags.api_key_file}.') from None
     if not found:
       raise ValueError(f'{flags.api_key_file} has no key: write one a line.')
     keys += found
@@ -146,6 +149,15 @@ def api_keys(flags) -> tuple[str, ...]:
     logging.getLogger(__name__).warning(
         'Everyone who reaches %s may ask this server: give --api_key_file.', flags.host)
   return tuple(keys)
+
+
+def hosts(given: str, address: str) -> tuple[str, ...]:
+  """The names by which a server is asked for that only its own machine reaches; else (), any."""
+  import ipaddress
+  if not ipaddress.ip_address(address.partition('%')[0]).is_loopback:
+    return ()
+  known = ('localhost', '127.0.0.1', '[::1]', f'[{given}]' if ':' in given else given.lower())
+  return tuple(dict.fromkeys(known))
 
 
 def bound(host: str, port: int):

@@ -77,6 +77,7 @@ def test_a_server_from_its_start_to_its_end(server, base):
   [label] = client.post('/v1/classify', json={'model': 'first', 'input': 'warm'}).json()['data']
   assert set(label['probabilities']) == {'good', 'bad'}
   assert sum(label['probabilities'].values()) == pytest.approx(1)
+  assert client.get('/v1/models', headers={'host': 'evil.example'}).status_code == 400
   assert 'Did you mean' in client.post('/v1/completions', json={
       'model': 'fist', 'prompt': 'a'}).json()['error']['message']
 
@@ -110,6 +111,9 @@ def test_a_server_from_its_start_to_its_end(server, base):
     (['--host', '203.0.113.1'], 'Cannot listen on 203.0.113.1'),
     (['--batch_sizes', '8,1'], 'batch_sizes must be rising'),
     (['--max_queue', '0'], 'max_queue must be at least 1'),
+    (['--request_timeout', 'inf'], 'request_seconds must be more than 0 and finite'),
+    (['--shutdown_seconds', 'nan'], 'shutdown_seconds must be'),
+    (['--api_key_file', 'absent.keys'], 'There is no file absent.keys.'),
     (['--request_timeout', '0'], 'request_seconds must be more than 0'),
     (['--prompts', 'absent.safetensors'], 'no prompt file or folder absent.safetensors'),
     (['--api_key_file', os.devnull], 'has no key'),
@@ -137,6 +141,13 @@ def test_a_port_that_is_taken_is_told_before_anything_slow(capsys):
     port = taken.getsockname()[1]
     assert serve.main(['--base', 'not even looked for', '--port', str(port)]) == 1
   assert f'Port {port} of 127.0.0.1 is taken' in one_line(capsys)
+
+
+def test_only_a_server_of_its_own_machine_asks_for_its_name():
+  known = ('localhost', '127.0.0.1', '[::1]')
+  assert serve.hosts('localhost', '127.0.0.1') == serve.hosts('::1', '::1') == known
+  assert serve.hosts('127.0.0.5', '127.0.0.5') == (*known, '127.0.0.5')
+  assert serve.hosts('0.0.0.0', '0.0.0.0') == serve.hosts('::', '::') == ()
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):

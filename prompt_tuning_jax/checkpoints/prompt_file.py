@@ -219,9 +219,12 @@ def _check_metadata(path: str | os.PathLike, metadata: Mapping[str, Any],
     if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
       raise ValueError(f'{path}: {key} in the metadata should be a {kind.__name__}, got '
                        f'{str(value)[:40]!r}.')
-  if not all(isinstance(label, str) and label for label in metadata.get('labels') or ()):
-    raise ValueError(f'{path}: labels in the metadata should be texts, got '
-                     f'{str(metadata["labels"])[:40]}.')
+  labels = metadata.get('labels') or []
+  if (not all(isinstance(label, str) and label for label in labels)
+      or len(set(labels)) < len(labels)
+      or any(label.encode('utf-8', 'ignore').decode() != label for label in labels)):
+    raise ValueError(f'{path}: labels in the metadata should be different texts, got '
+                     f'{ascii(labels)[:60]}.')
   length, width = metadata.get('length'), (metadata.get('base') or {}).get('d_model')
   for name, rows in _rows(params):
     if length is not None and rows.shape[-2] != length:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import functools
+import itertools
 import random
 import time
 from typing import Any
@@ -92,11 +94,17 @@ class Acceptance:
       raise BadRequest(f'{what} names no labels: send "labels".', param='labels')
     return labels
 
+  @functools.lru_cache(maxsize=256)  # noqa: B019 there is one for as long as the server runs
+  def _label_ids(self, labels: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    return tuple((*self.vocabulary.encode(label), self.vocabulary.eos_id) for label in labels)
+
   def _slot(self, name: str, bank: PromptBank) -> Slot:
     if name == self.base_name:
       return Slot()
     if name not in bank.files:
-      near = difflib.get_close_matches(name[:200], [*bank.files, self.base_name], 1)
+      # Comparing takes time that others wait for: with very many names, the first will do.
+      names = [self.base_name, *itertools.islice(bank.files, 100)]
+      near = difflib.get_close_matches(name[:64], names, 1)
       hint = f'Did you mean {near[0]!r}?' if near else 'GET /v1/models lists those there are.'
       raise UnknownModel(f'There is no model {name[:200]!r}. {hint}', param='model')
     return bank.slot(name)
@@ -126,9 +134,9 @@ class Acceptance:
     if len(stops) > STOPS or not all(0 < len(stop.encode()) <= STOP_BYTES for stop in stops):
       raise BadRequest(f'There may be {STOPS} stop strings of 1 to {STOP_BYTES} bytes.',
                        param='stop')
-    # The same seed draws the first rows of `infer --seed`.
+    # As `infer --seed` draws for a file that has these texts line by line.
     seed = random.getrandbits(32) if request.seed is None else request.seed
-    seeds = np.random.SeedSequence([seed, 0]).generate_state(request.n)
+    seeds = np.random.SeedSequence([seed, request.place]).generate_state(request.n)
     placed = self._placed(ids, limit, common)
     return [Row(index=index, kind=GENERATE, limit=limit, stops=stops, **placed, **common,
                 choice=(request.temperature, request.top_k, request.top_p, int(seeds[index])))
@@ -138,8 +146,7 @@ class Acceptance:
                common: dict[str, Any]) -> list[Row]:
     """One row and, to calibrate it with, another: the base alone, without a text."""
     eos, shapes = self.vocabulary.eos_id, common['served'].programs.shapes
-    labels = tuple((*self.vocabulary.encode(label), eos)
-                   for label in self.labels(request, common['served']))
+    labels = self._label_ids(self.labels(request, common['served']))
     kind = shapes.label_width(labels)
     if kind is None:
       widest = shapes.label_widths[-1]

@@ -1,9 +1,11 @@
 """Around every request: an id, a line in the log, what is counted, the key, and no traceback."""
 
+import asyncio
 import hashlib
 import hmac
 import logging
 import math
+import re
 import time
 import uuid
 from collections.abc import Sequence
@@ -67,7 +69,7 @@ def observed(app: Any, metrics: Metrics) -> Any:
     with metrics.in_flight.track_inprogress():
       try:
         await app(scope, receive, named_send)
-      except Gone:
+      except (Gone, asyncio.CancelledError):  # the latter of one that outlasts a shutdown
         status = GONE
       except Exception:  # noqa: BLE001 one request fails, the server does not
         LOG.exception('%s failed', request_id)
@@ -81,6 +83,25 @@ def observed(app: Any, metrics: Metrics) -> Any:
         metrics.observe(route, status or GONE, seconds)
         LOG.info('%s %s %r %s %.1f ms', request_id, scope['method'], scope['path'][:200],
                  status or GONE, 1000 * seconds)
+
+  return run
+
+
+def at_hosts(app: Any, hosts: Sequence[str]) -> Any:
+  """App that is asked for by one of the names `hosts` (the header Host, at any port), if any.
+
+  A web page may have its own name lead to the machine of its visitor (DNS rebinding), and would
+  be of one origin with a server there; the name is all that tells.
+  """
+  async def run(scope, receive, send):
+    if hosts and scope['type'] == 'http':
+      given = dict(scope['headers']).get(b'host', b'').decode('latin-1').lower()
+      if re.sub(r':\d*$', '', given) not in hosts:
+        value = answers.error(400, f'The header Host must be one of {", ".join(hosts)}, with any '
+                                   f'port, got {given[:100]!r}.')
+        await json_response(value, 400)(scope, receive, send)
+        return
+    await app(scope, receive, send)
 
   return run
 

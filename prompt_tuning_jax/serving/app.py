@@ -4,6 +4,7 @@ import base64
 import contextlib
 import hashlib
 import importlib.resources
+import math
 import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -30,10 +31,12 @@ class Settings:
   """What the one who starts the server decides."""
 
   api_keys: tuple[str, ...] = field(default=(), repr=False)  # (): all may ask
+  allowed_hosts: tuple[str, ...] = ()  # names that requests are for, without port; (): any
   max_body_bytes: int = 1 << 20
   body_seconds: float = 10.0  # for a request's headers, and again for its body
   request_seconds: float = 60.0  # from a request's body to the end of its answer
-  send_seconds: float = 30.0  # for a client to take the next piece of a stream
+  send_seconds: float = 30.0  # for a client to take what has been written to it
+  shutdown_seconds: float = 30.0  # for what was accepted, when the server is to end; 0 is none
   max_connections: int = 512
 
   def __post_init__(self):
@@ -41,8 +44,11 @@ class Settings:
       raise ValueError('An API key is empty: give a longer one, or none to let all ask.')
     for name in ('max_body_bytes', 'body_seconds', 'request_seconds', 'send_seconds',
                  'max_connections'):
-      if not getattr(self, name) > 0:
-        raise ValueError(f'{name} must be more than 0, got {getattr(self, name)}.')
+      if not 0 < getattr(self, name) < math.inf:
+        raise ValueError(f'{name} must be more than 0 and finite, got {getattr(self, name)}.')
+    if not 0 <= self.shutdown_seconds < math.inf:
+      raise ValueError(f'shutdown_seconds must be 0 or more and finite, got '
+                       f'{self.shutdown_seconds}.')
 
 
 def create_app(engine: Any, settings: Settings | None = None) -> Starlette:
@@ -74,6 +80,7 @@ def create_app(engine: Any, settings: Settings | None = None) -> Starlette:
       exception_handlers={Refused: access.refusal, HTTPException: access.refusal},
       middleware=[Middleware(access.observed, metrics=metrics),
                   Middleware(lingering),
+                  Middleware(access.at_hosts, hosts=settings.allowed_hosts),
                   Middleware(access.authorized, keys=settings.api_keys)])
   app.router.redirect_slashes = False
   app.state.engine, app.state.settings, app.state.metrics = engine, settings, metrics
@@ -91,7 +98,7 @@ async def completions(request: Request) -> Any:
                               first.n)
   if asked.stream:
     return Stream(answer, tickets, deadline, asked.include_usage,
-                  request.app.state.settings.send_seconds, request.app.state.metrics)
+                  request.app.state.metrics)
   events = await answered(collected(tickets), tickets, request.receive, deadline)
   written = sum(event.tokens for _, event in events if isinstance(event, Finished))
   used = answers.usage(_prompt_tokens(tickets), written)
@@ -126,7 +133,8 @@ async def one_model(request: Request) -> Response:
 
 
 async def reload(request: Request) -> Response:
-  """POST /v1/reload."""
+  """POST /v1/reload, whose body may be empty; its type keeps web pages of others out."""
+  await _body(request)
   return access.json_response(await request.app.state.engine.reload())
 
 

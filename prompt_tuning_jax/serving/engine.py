@@ -24,6 +24,7 @@ from prompt_tuning_jax.serving.batching import GENERATE, Row, is_full, next_batc
 from prompt_tuning_jax.serving.programs import Shapes, compile_programs, widths_up_to
 from prompt_tuning_jax.serving.prompt_folder import PromptFolder, labels_of
 from prompt_tuning_jax.serving.requests import (
+  BadRequest,
   Classification,
   Failed,
   Finished,
@@ -115,6 +116,7 @@ class Engine:
     check_positions(bank.base.config, settings.longest + bank.longest)
     self._accepts = Acceptance(vocabulary, bank.base.name, settings.max_input_length)
     self._served: Served | None = None
+    self._longest = 0  # of the prompts so far
     self._reloading, self._wake = threading.Lock(), threading.Condition()
     self._status, self._halted = 'starting', threading.Event()
     self._began = int(time.time())
@@ -168,6 +170,11 @@ class Engine:
     with self._wake:
       if self._status == 'stopping':
         raise Stopping('The server is stopping: try again when it is back.')
+      if len(rows) > self._settings.max_queue:
+        raise BadRequest(f'The request has {len(rows)} texts, more than the '
+                         f'{self._settings.max_queue} that may wait: ask for fewer.')
+      if len(self._waiting) + len(rows) > self._settings.max_queue:
+        self._waiting = [row for row in self._waiting if not row.owner.closed]
       if len(self._waiting) + len(rows) > self._settings.max_queue:
         raise Overloaded(f'{len(self._waiting)} texts wait, and this request has {len(rows)}; the '
                          f'queue takes {self._settings.max_queue}: try again soon.', retry_after=1)
@@ -225,6 +232,8 @@ class Engine:
         changes = self._folder.changes(bank, self._settings.longest)
         added, removed, refused = sorted(changes.added), sorted(changes.removed), changes.refused
         bank = bank.replaced(changes.added, removed) if added or removed else bank
+        # Room that there was stays: programs are compiled for it.
+        bank = dataclasses.replace(bank, room=max(bank.room, bank.virtual_tokens))
       if self._served is None:
         self._served = self._compiled(bank)
       elif added or removed:
@@ -243,9 +252,10 @@ class Engine:
       return {'added': added, 'removed': removed, 'refused': dict(refused)}
 
   def _compiled(self, bank: PromptBank) -> Served:
+    self._longest = max(self._longest, bank.longest)
     with self._timed('compile'):
       return Served(bank, compile_programs(
-          self._model, self._params, self._vocabulary, bank, self._settings.shapes(bank.longest),
+          self._model, self._params, self._vocabulary, bank, self._settings.shapes(self._longest),
           self._served and self._served.programs, self._halted.is_set))
 
   def _poll(self) -> None:

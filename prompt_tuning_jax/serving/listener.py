@@ -1,4 +1,4 @@
-"""The listening socket: uvicorn, with a time limit for a request's headers."""
+"""The listening socket: uvicorn, with time limits for headers to come and answers to be taken."""
 
 import asyncio
 import math
@@ -20,17 +20,18 @@ def server(app: Any, settings: Settings, host: str = '127.0.0.1',
   """A server of `app` whose `run()` returns after SIGINT or SIGTERM.
 
   It then takes no new connections, and finishes what it has accepted before it stops the engine;
-  the deadline of every request bounds how long that takes.
+  what is not finished after `settings.shutdown_seconds` is cancelled.
   """
   def protocol(**given: Any) -> H11Protocol:
     connection = H11Protocol(**given)
     _watch(connection, settings.body_seconds)
+    _cut_unread(connection, settings.send_seconds)
     return connection
 
   return uvicorn.Server(uvicorn.Config(
       app, host, port, http=protocol, ws='none', loop='asyncio', lifespan='on', log_level='warning',
       access_log=False, server_header=False, limit_concurrency=settings.max_connections,
-      timeout_graceful_shutdown=math.ceil(settings.body_seconds + settings.request_seconds)))
+      timeout_graceful_shutdown=math.ceil(settings.shutdown_seconds)))
 
 
 def _watch(connection: H11Protocol, seconds: float) -> None:
@@ -57,3 +58,24 @@ def _watch(connection: H11Protocol, seconds: float) -> None:
     loop.call_later(seconds, check, before)
 
   loop.call_later(seconds, check, connection)
+
+
+def _cut_unread(connection: H11Protocol, seconds: float) -> None:
+  """Cuts a connection whose client leaves what has been written to it unread for `seconds`.
+
+  It is done here, for every answer, and not around the app's `send`: an app that gives up leaves
+  uvicorn to send an error of its own, for which it waits without end.
+  """
+  loop = asyncio.get_running_loop()
+  pause, resume, timer = connection.pause_writing, connection.resume_writing, None
+
+  def pause_writing() -> None:
+    nonlocal timer
+    timer = loop.call_later(seconds, connection.transport.abort)
+    pause()
+
+  def resume_writing() -> None:
+    timer.cancel()
+    resume()
+
+  connection.pause_writing, connection.resume_writing = pause_writing, resume_writing

@@ -10,7 +10,7 @@ from typing import Any
 from prompt_tuning_jax.checkpoints import peft_adapter, prompt_file
 from prompt_tuning_jax.checkpoints.prompt_file import PromptFile
 from prompt_tuning_jax.predictor import check_positions
-from prompt_tuning_jax.prompt_bank import PromptBank
+from prompt_tuning_jax.prompt_bank import PromptBank, activation_of
 
 MAX_FILE_BYTES = 1 << 32
 _NAME = re.compile(r'[\w.-]{1,200}', re.ASCII)
@@ -143,18 +143,18 @@ def _read(stamp: Stamp) -> PromptFile:
 
 def _fitting(bank: PromptBank, files: Mapping[str, PromptFile],
              refused: dict[str, str]) -> dict[str, PromptFile]:
-  """Those of `files` that fit beside each other; the others go to `refused`."""
-  try:
-    bank.replaced(files)
-    return dict(files)
-  except ValueError:
-    kept = {}
+  """Those of `files` that fit beside each other and the bank's; the others go to `refused`."""
+  kept = {}
+  others = (file for name, file in bank.files.items() if name not in files)
+  activation = next(filter(None, map(activation_of, others)), None)
   for name, file in files.items():
-    try:
-      bank.replaced({**kept, name: file})
+    own = activation_of(file)
+    activation = activation or own
+    if own in (None, activation):
       kept[name] = file
-    except ValueError as error:
-      refused[name] = _one_line(name, error)
+    else:
+      refused[name] = (f'its adapters have the activation {own}, but those already here '
+                       f'{activation}, and a batch has one.')
   return kept
 
 

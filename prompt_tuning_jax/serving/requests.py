@@ -20,6 +20,7 @@ class Generation:
   n: int = 1
   stop: tuple[str, ...] = ()
   seed: int | None = None  # None: drawn by the engine
+  place: int = 1  # the number of this text among those of its call, which a seed draws by
   deadline: float | None = None  # time.monotonic() by which it must be answered
 
 

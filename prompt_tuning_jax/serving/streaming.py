@@ -1,6 +1,5 @@
 """Completions sent while they are made: server-sent events, as OpenAI's clients read them."""
 
-import asyncio
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,6 @@ class Stream:
   tickets: Sequence[Any]
   deadline: float
   with_usage: bool
-  send_seconds: float
   metrics: Metrics
 
   async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
@@ -37,19 +35,18 @@ class Stream:
 
     Raises:
       Refused: there is no answer, and nothing has been sent.
-      Gone: the client has, or reads nothing.
+      Gone: the client has.
     """
     begun = False
 
     async def write(data: bytes, more: bool = True) -> None:
       nonlocal begun
       try:
-        async with asyncio.timeout(self.send_seconds):
-          if not begun:
-            begun = True
-            await send(_START)
-          await send({'type': 'http.response.body', 'body': data, 'more_body': more})
-      except (TimeoutError, OSError):
+        if not begun:
+          begun = True
+          await send(_START)
+        await send({'type': 'http.response.body', 'body': data, 'more_body': more})
+      except OSError:
         raise Gone from None
 
     try:

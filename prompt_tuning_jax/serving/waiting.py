@@ -12,7 +12,7 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 
 
 class Gone(Exception):
-  """The client has closed its connection, or does not read: there is no one to answer."""
+  """The client has closed its connection: there is no one to answer."""
 
 
 def submit_all(submit: Callable[[Any], Any], requests: Sequence[Any]) -> list[Any]:

@@ -18,7 +18,7 @@ from prompt_tuning_jax.serving.requests import BadRequest, Classification, Gener
 MAX_TEXTS = 128  # of a request
 MAX_CHOICES = 16  # of a text
 MAX_STOPS, MAX_STOP_BYTES = 4, 64
-MAX_LABELS, MAX_LABEL_BYTES = 256, 1024
+MAX_LABELS, MAX_LABEL_BYTES = 128, 1024  # as many as the engine's widest row has room for
 MAX_NAME = 256
 _INT32 = 2**31 - 1
 
@@ -135,8 +135,8 @@ def _finite(text: str) -> float:
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
   value = dict(pairs)
   if len(value) < len(pairs):
-    names = [name for name, _ in pairs]
-    twice = next(name for name in names if names.count(name) > 1)
+    seen = set()  # counting each would take a time quadratic in what a client may send
+    twice = next(name for name, _ in pairs if name in seen or seen.add(name))
     raise BadRequest(f'The field {_shown(twice)} is there twice.', param=twice[:MAX_NAME])
   return value
 

@@ -48,14 +48,16 @@ def test_rows_have_the_prompt_in_place_and_the_narrowest_width(base):
   assert first.choice[:3] == (0.5, 0, 1.0) and first.choice[3] != second.choice[3]
   assert accepted(base, Generation('end', (5,) * 10))[0].width == 32
   row, prior = accepted(base, Classification('before', (5, 1), calibrated=True))
-  np.testing.assert_array_equal(prior.tokens, [192, 193, 194, 1])
+  np.testing.assert_array_equal(row.tokens, [192, 193, 194, 5, 1])
+  assert prior.tokens.tolist() == [1] and not prior.slot.length  # the base alone
   assert row.labels == prior.labels and len(row.labels) == 2
 
 
 def test_the_same_seed_draws_the_same_and_none_draws_anew(base):
   seeds = lambda seed: tuple(row.choice[3] for row in accepted(base, Generation(
       'base', 'a', temperature=1.0, n=3, seed=seed)))
-  assert seeds(7) == seeds(7) and len({seeds(7), seeds(8), seeds(None), seeds(None)}) == 4
+  expected = np.random.SeedSequence([7, 1]).generate_state(3)  # as `infer` draws for line 1
+  assert seeds(7) == tuple(expected) and len({seeds(7), seeds(8), seeds(None), seeds(None)}) == 4
 
 
 def test_a_prompt_and_an_input_too_long_together(base):

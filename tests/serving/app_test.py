@@ -1,11 +1,14 @@
 """The app over ASGI: its answers, its errors and its keys."""
 
+import asyncio
 import json
 import logging
 
 import pytest
 
+from prompt_tuning_jax.serving import access
 from prompt_tuning_jax.serving.app import Settings
+from prompt_tuning_jax.serving.metrics import Metrics
 
 GOOD = {'model': 'sst2', 'prompt': 'a b c'}
 
@@ -98,7 +101,10 @@ def test_health_and_reload(ask, engine):
   assert ask('GET', '/healthz').json() == {'status': 'ok', 'queued': 0, 'running': 0}
   engine.status = 'stopping'
   assert ask('GET', '/healthz').status_code == 503
-  assert ask('POST', '/v1/reload').json()['added'] == ['new']
+  json_type = {'content-type': 'application/json'}
+  assert ask('POST', '/v1/reload', headers=json_type).json()['added'] == ['new']
+  for kind in ({}, {'content-type': 'text/plain'}):  # a form on any web page sends these
+    _error(ask('POST', '/v1/reload', headers=kind), 415)
 
 
 @pytest.mark.parametrize('method, path, status', [
@@ -191,9 +197,33 @@ def test_keys(ask):
     Settings(api_keys=('',))
 
 
-def test_settings_are_positive():
-  with pytest.raises(ValueError, match='request_seconds'):
-    Settings(request_seconds=float('nan'))
+def test_hosts(ask):
+  settings = Settings(allowed_hosts=('localhost', '127.0.0.1', '[::1]'))
+  for host in ('localhost', 'LocalHost:8000', '127.0.0.1:1', '[::1]', '[::1]:8000'):
+    assert ask('GET', '/v1/models', settings, headers={'host': host}).status_code == 200
+  for host in ('evil.example', 'localhost.evil.example:8000', '127.0.0.1.evil', '[::2]:1', '::1',
+               ''):
+    message = _error(ask('GET', '/v1/models', settings, headers={'host': host}), 400)['message']
+    assert 'Host must be one of localhost' in message
+  assert ask('GET', '/v1/models', headers={'host': 'evil.example'}).status_code == 200
+
+
+@pytest.mark.parametrize('name', ['request_seconds', 'shutdown_seconds'])
+@pytest.mark.parametrize('value', [-1, float('nan'), float('inf')])
+def test_settings_are_positive(name, value):
+  with pytest.raises(ValueError, match=name):
+    Settings(**{name: value})
+
+
+def test_a_request_that_a_shutdown_cancels_is_one_that_has_gone(engine, caplog):
+  async def app(*_):
+    raise asyncio.CancelledError
+
+  metrics = Metrics(engine.statistics)
+  scope = {'type': 'http', 'method': 'GET', 'path': '/', 'headers': []}
+  asyncio.run(access.observed(app, metrics)(scope, None, None))
+  assert 'status="499"' in str(metrics.text())
+  assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_a_body_too_large_or_not_json(ask):

@@ -60,7 +60,8 @@ class Offline:
     """[(text, reason, log p)] of each choice."""
     slot = bank.slot(None if request.model == self.base.name else request.model)
     found = []
-    for seed in np.random.SeedSequence([request.seed or 0, 0]).generate_state(request.n):
+    seeds = np.random.SeedSequence([request.seed or 0, request.place])
+    for seed in seeds.generate_state(request.n):
       column = lambda value, dtype: np.array([value], dtype)
       choose = token_choice.Sampling(
           column(request.temperature, np.float32), column(request.top_k, np.int32),

@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from prompt_tuning_jax.serving.app import Settings
+from prompt_tuning_jax.serving.listener import server
 
 QUICK = Settings(body_seconds=.3, send_seconds=.3, request_seconds=20)
 
@@ -170,6 +171,24 @@ def test_a_client_that_reads_nothing_holds_no_one(listening, engine, eventually)
     eventually(lambda: engine.tickets)
     _still_answers(url)
     eventually(lambda: engine.tickets[0].cancelled, 15)
+
+
+def test_a_client_that_reads_no_answers_is_cut(listening, eventually):
+  with listening(QUICK) as (url, running), socket.socket() as connection:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(('127.0.0.1', httpx.URL(url).port))
+    connection.settimeout(.2)
+    with contextlib.suppress(OSError):  # sends until the server, which waits to write, reads no more
+      while True:
+        connection.sendall(b'GET / HTTP/1.1\r\nhost: x\r\n\r\n' * 100)
+    eventually(lambda: not running.server_state.tasks)
+    eventually(lambda: not running.server_state.connections)
+    assert 'requests_in_flight 1.0' in httpx.get(f'{url}/metrics').text  # this one
+
+
+def test_a_shutdown_takes_its_seconds():
+  running = server(None, Settings(shutdown_seconds=3, request_seconds=20))
+  assert running.config.timeout_graceful_shutdown == 3
 
 
 def test_not_http(listening):

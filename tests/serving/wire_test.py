@@ -2,10 +2,13 @@
 
 import json
 import sys
+import time
 
 import pytest
 
 from prompt_tuning_jax.serving import wire
+from prompt_tuning_jax.serving.engine import EngineSettings
+from prompt_tuning_jax.serving.programs import most_labels
 from prompt_tuning_jax.serving.requests import BadRequest
 
 COMPLETION = {'model': 'm', 'prompt': 'a'}
@@ -81,6 +84,17 @@ def test_lists_in_lists_are_refused_however_deep(depth):
 
 def test_a_field_is_there_once():
   _refused(wire.completion, b'{"model": "a", "model": "b"}', 'model', 'twice')
+  names = [f'"{i}": 0' for i in range(50_000)]
+  started = time.monotonic()
+  _refused(wire.completion, ('{%s}' % ', '.join([*names, names[-1]])).encode(), '49999', 'twice')
+  assert time.monotonic() - started < 1
+
+
+def test_as_many_labels_as_the_engine_takes():
+  assert most_labels(EngineSettings().label_widths[-1]) == wire.MAX_LABELS
+  body = lambda count: {**CLASSIFICATION, 'labels': [str(i) for i in range(count)]}
+  assert wire.classification(json.dumps(body(wire.MAX_LABELS)).encode())
+  _refused(wire.classification, body(wire.MAX_LABELS + 1), 'labels', f'1 to {wire.MAX_LABELS}')
 
 
 def test_null_and_neutral_are_as_left_out():
