@@ -71,7 +71,8 @@ def completion(body: bytes, deadline: float | None = None) -> Completion:
       seed=_integer(fields, 'seed', 0, 2**32 - 1, None),
       deadline=deadline,
   )
-  return Completion(tuple(Generation(inputs=text, **asked) for text in _texts(fields, 'prompt')),
+  texts = enumerate(_texts(fields, 'prompt'), 1)
+  return Completion(tuple(Generation(inputs=text, place=place, **asked) for place, text in texts),
                     stream, _include_usage(fields, stream))
 
 

@@ -178,7 +178,7 @@ def test_a_client_that_reads_no_answers_is_cut(listening, eventually):
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.connect(('127.0.0.1', httpx.URL(url).port))
     connection.settimeout(.2)
-    with contextlib.suppress(OSError):  # sends until the server, which waits to write, reads no more
+    with contextlib.suppress(OSError):  # until the server, which waits to write, reads no more
       while True:
         connection.sendall(b'GET / HTTP/1.1\r\nhost: x\r\n\r\n' * 100)
     eventually(lambda: not running.server_state.tasks)

@@ -84,9 +84,9 @@ def test_lists_in_lists_are_refused_however_deep(depth):
 
 def test_a_field_is_there_once():
   _refused(wire.completion, b'{"model": "a", "model": "b"}', 'model', 'twice')
-  names = [f'"{i}": 0' for i in range(50_000)]
+  body = '{' + ''.join(f'"{i}": 0, ' for i in range(50_000)) + '"49999": 0}'
   started = time.monotonic()
-  _refused(wire.completion, ('{%s}' % ', '.join([*names, names[-1]])).encode(), '49999', 'twice')
+  _refused(wire.completion, body.encode(), '49999', 'twice')
   assert time.monotonic() - started < 1
 
 
