@@ -100,7 +100,7 @@ def answer_offline(prompts: str, requests: list[dict]) -> None:
       decoding = (DecodingSettings(temperature=1.0, top_p=0.9, seed=SEED) if kind == 'drawn' else
                   DecodingSettings())
       found = offline.predictor.generate_with(offline.params, inputs, decoding, slots,
-                                              [0] * len(rows))
+                                              [1] * len(rows))  # as line 1 of a file
       for row, [text] in zip(rows, found, strict=True):
         row['expected'] = text.text
 
