@@ -31,7 +31,7 @@ import numpy as np
 import psutil
 
 import prompt_tuning_jax
-from prompt_tuning_jax import prompted_base
+from prompt_tuning_jax import prompted_base, ranking
 from prompt_tuning_jax.checkpoints import base_checkpoint, prompt_file
 from prompt_tuning_jax.predictor import DecodingSettings
 from prompt_tuning_jax.prompts.virtual_tokens import PLACEMENTS
@@ -94,8 +94,8 @@ def answer_offline(prompts: str, requests: list[dict]) -> None:
       labels = [offline.bank.files[row['body']['model']].metadata['labels'] for row in rows]
       scores = offline.predictor.rank(offline.params, inputs, labels, slots)
       for row, names, score in zip(rows, labels, scores, strict=True):
-        shares = np.exp(score - np.max(score))
-        row['expected'] = dict(zip(names, (shares / np.sum(shares)).tolist(), strict=True))
+        shares = ranking.probabilities(score).tolist()
+        row['expected'] = dict(zip(names, shares, strict=True))
     else:
       decoding = (DecodingSettings(temperature=1.0, top_p=0.9, seed=SEED) if kind == 'drawn' else
                   DecodingSettings())

@@ -114,7 +114,7 @@ def engine(flags):
 
 def prompts(paths: list[str]) -> tuple[str | None, dict[str, str]]:
   """(the folder among these paths, {name: path} of the files). Raises ValueError."""
-  from prompt_tuning_jax.checkpoints import peft_adapter
+  from prompt_tuning_jax.checkpoints import peft_adapter, prompt_file
   folders = [path for path in paths if os.path.isdir(path) and not peft_adapter.is_folder(path)]
   if len(folders) > 1:
     raise ValueError(f'--prompts takes one folder, and any files; got {" and ".join(folders)}.')
@@ -124,8 +124,7 @@ def prompts(paths: list[str]) -> tuple[str | None, dict[str, str]]:
       continue
     if not os.path.exists(path):
       raise ValueError(f'There is no prompt file or folder {path}.')
-    name = os.path.basename(os.path.normpath(path))
-    name = name if os.path.isdir(path) else os.path.splitext(name)[0]
+    name = prompt_file.name_of(path)
     if name in files:
       raise ValueError(f'{files[name]} and {path} are two prompts of one name: rename one.')
     files[name] = path

@@ -117,6 +117,12 @@ def load(path: str | os.PathLike) -> PromptFile:
   return PromptFile(params, metadata)
 
 
+def name_of(path: str | os.PathLike) -> str:
+  """What a prompt is called: its file's name without the ending, or its PEFT folder's name."""
+  name = os.path.basename(os.path.normpath(path))
+  return name if os.path.isdir(path) else os.path.splitext(name)[0]
+
+
 def in_folder(folder: str | os.PathLike) -> dict[str, str]:
   """{name: path} of what a folder may hold of prompts: NAME.safetensors, NAME.npy, PEFT folders.
 
@@ -127,11 +133,12 @@ def in_folder(folder: str | os.PathLike) -> dict[str, str]:
     raise ValueError(f'There is no folder of prompts {folder}.')
   found = {}
   for entry in sorted(os.listdir(folder)):
-    path, (name, end) = os.path.join(folder, entry), os.path.splitext(entry)
+    path = os.path.join(folder, entry)
+    name = name_of(path)
     if os.path.isdir(path):
-      name, fits = entry, peft_adapter.is_folder(path)
+      fits = peft_adapter.is_folder(path)
     else:
-      fits = end in ('.safetensors', '.npy') and not entry.startswith('.')
+      fits = entry.endswith(('.safetensors', '.npy')) and not entry.startswith('.')
     if not fits:
       continue
     if name in found:

@@ -13,9 +13,11 @@ import numpy as np
 from prompt_tuning_jax.data.vocabulary import Vocabulary
 from prompt_tuning_jax.prompt_bank import PromptBank, Slot
 from prompt_tuning_jax.serving.batching import GENERATE, Row
-from prompt_tuning_jax.serving.programs import STOP_BYTES, STOPS, Programs, most_labels
+from prompt_tuning_jax.serving.programs import Programs, most_labels
 from prompt_tuning_jax.serving.prompt_folder import labels_of
 from prompt_tuning_jax.serving.requests import (
+  MAX_STOP_BYTES,
+  MAX_STOPS,
   BadRequest,
   Classification,
   Generation,
@@ -131,8 +133,9 @@ class Acceptance:
       raise BadRequest(f'This server writes 1 to {most} tokens, got max_tokens {limit}.',
                        param='max_tokens')
     stops = request.stop
-    if len(stops) > STOPS or not all(0 < len(stop.encode()) <= STOP_BYTES for stop in stops):
-      raise BadRequest(f'There may be {STOPS} stop strings of 1 to {STOP_BYTES} bytes.',
+    sizes = [len(stop.encode()) for stop in stops]
+    if len(sizes) > MAX_STOPS or not all(0 < size <= MAX_STOP_BYTES for size in sizes):
+      raise BadRequest(f'There may be {MAX_STOPS} stop strings of 1 to {MAX_STOP_BYTES} bytes.',
                        param='stop')
     # As `infer --seed` draws for a file that has these texts line by line.
     seed = random.getrandbits(32) if request.seed is None else request.seed

@@ -18,10 +18,10 @@ from prompt_tuning_jax.decoding.stop_strings import Stops
 from prompt_tuning_jax.decoding.token_choice import Sampling
 from prompt_tuning_jax.prompt_bank import PromptBank, Slot
 from prompt_tuning_jax.prompted_model import Added, Decoding, PromptedModel
+from prompt_tuning_jax.serving.requests import MAX_STOP_BYTES, MAX_STOPS
 from prompt_tuning_jax.types import Array, PyTree
 
 _LADDER = (64, 128, 256, 512, 1024, 2048, 4096)
-STOPS, STOP_BYTES = 4, 64  # of a row: the most that a request may bring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +106,8 @@ class Programs:
 
 def stop_strings_of(rows: Sequence[Sequence[str]], vocabulary: Vocabulary) -> Stops:
   """Those of each row of a batch, without the table of bytes, which stays on the device."""
-  return stop_strings.of_rows(rows, *vocabulary.bytes_of_ids(), vocabulary.leading_spaces, STOPS,
-                              STOP_BYTES).replace(table=None, lengths=None)
+  return stop_strings.of_rows(rows, *vocabulary.bytes_of_ids(), vocabulary.leading_spaces,
+                              MAX_STOPS, MAX_STOP_BYTES).replace(table=None, lengths=None)
 
 
 def compile_programs(model: PromptedModel, params: PyTree, vocabulary: Vocabulary,

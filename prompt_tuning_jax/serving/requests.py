@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+MAX_STOPS, MAX_STOP_BYTES = 4, 64  # of a text; programs have room for so many
+
 
 @dataclass(frozen=True)
 class Generation:

@@ -13,11 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from prompt_tuning_jax.serving.requests import BadRequest, Classification, Generation
+from prompt_tuning_jax.serving.requests import (
+  MAX_STOP_BYTES,
+  MAX_STOPS,
+  BadRequest,
+  Classification,
+  Generation,
+)
 
 MAX_TEXTS = 128  # of a request
 MAX_CHOICES = 16  # of a text
-MAX_STOPS, MAX_STOP_BYTES = 4, 64
 MAX_LABELS, MAX_LABEL_BYTES = 128, 1024  # as many as the engine's widest row has room for
 MAX_NAME = 256
 _INT32 = 2**31 - 1
