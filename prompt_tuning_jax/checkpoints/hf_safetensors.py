@@ -3,6 +3,7 @@
 What is particular to one kind of network stands in its family (`hf_families`).
 """
 
+import functools
 import math
 import os
 import pathlib
@@ -37,7 +38,12 @@ def open_folder(folder: str | os.PathLike,
   name stands under that name.
   """
   folder = pathlib.Path(folder)
-  tensors = {name: _leaf(header, name) for header in _headers(folder) for name in header.tensors}
+  tensors = {}
+  for header in _headers(folder):
+    if twice := sorted(tensors.keys() & header.tensors.keys()):
+      raise ValueError(f'{header.path} holds {twice[0]}, which another file of {folder} holds too: '
+                       'delete the one that does not belong to this model.')
+    tensors |= {name: _leaf(header, name) for name in header.tensors}
   described, is_given = hf_config.read_json(folder / 'config.json'), config is not None
   if not is_given:
     config = hf_families.read_config(folder)
@@ -67,7 +73,7 @@ def _headers(folder: pathlib.Path) -> list[safetensors_file.Header]:
 def _leaf(header: safetensors_file.Header, name: str) -> StoredLeaf:
   entry = header.tensors[name]
   return StoredLeaf(name, entry.shape, entry.dtype, lambda index: header.tensor(name)[index],
-                    header.problem(name))
+                    header.problem(name), functools.cache(lambda: header.check(name)))
 
 
 def write(folder: str | os.PathLike, config: Any, params: PyTree, *,

@@ -165,12 +165,10 @@ def _rows(header: safetensors_file.Header, shape: tuple[int, int]) -> np.ndarray
   if set(header.tensors) != {ROWS}:
     raise ValueError(f'{path} should hold {ROWS} and nothing else, got '
                      f'{", ".join(sorted(header.tensors)[:3]) or "nothing"}.')
-  entry, problem = header.tensors[ROWS], header.problem(ROWS)
-  if problem:
-    raise ValueError(f'{path}: {ROWS} is {problem}. Copy the file again.')
+  entry = header.tensors[ROWS]
   if entry.dtype not in DTYPES:
     raise ValueError(f'{path}: {ROWS} is {entry.dtype}, expected one of {", ".join(DTYPES)}.')
   if entry.shape != shape:
     raise ValueError(f'{path}: {ROWS} is {list(entry.shape)}, but {CONFIG} says {list(shape)} '
                      '(num_virtual_tokens x num_transformer_submodules, token_dim).')
-  return np.array(header.tensor(ROWS), np.float32)
+  return header.read(ROWS).astype(np.float32)

@@ -2,7 +2,8 @@
 
 safetensors, float32 leaves under their parameter names (`prompt/embedding` [P, D],
 `prompt/deep_embedding` [L, P, D], `prefix/…`, `adapter/…`) and one metadata entry,
-`prompt_tuning_jax`, in JSON: `describe` makes it. Also reads the .npy prompts of
+`prompt_tuning_jax`, in JSON: `describe` makes it. Checksums cover both (`safetensors_file`); an
+older file without them is read as well. Also reads the .npy prompts of
 google-research/prompt-tuning.
 """
 
@@ -184,12 +185,9 @@ def _metadata(path: str, header: safetensors_file.Header) -> dict[str, Any]:
 
 def _read(path: str, header: safetensors_file.Header, name: str) -> np.ndarray:
   entry = header.tensors[name]
-  problem = header.problem(name)
-  if problem:
-    raise ValueError(f'{path}: {name} is {problem}. Copy the file again.')
   if entry.dtype != 'float32':
     raise ValueError(f'{path}: {name} is {entry.dtype}, expected float32.')
-  return np.array(header.tensor(name))
+  return header.read(name)
 
 
 def _check_params(path: str | os.PathLike, params: Mapping[str, np.ndarray]):

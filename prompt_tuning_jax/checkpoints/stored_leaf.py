@@ -20,7 +20,8 @@ class StoredLeaf:
   """One parameter in a file, seen under its canonical shape.
 
   `read` takes one slice an axis and returns that part; `problem` says why there is nothing to
-  read; `name` is what the file calls the parameter.
+  read; `name` is what the file calls the parameter. `verify`, if there is one, raises ValueError
+  where the file's bytes are not those that were written.
   """
 
   name: str
@@ -28,6 +29,7 @@ class StoredLeaf:
   dtype: str
   read: Callable[[tuple[slice, ...]], np.ndarray]
   problem: str | None = None
+  verify: Callable[[], None] | None = None
 
 
 def transposed(leaf: StoredLeaf) -> StoredLeaf:
@@ -104,6 +106,8 @@ def load(stored: Mapping[str, StoredLeaf], shapes: Mapping[str, Shape], where: s
 def _load_leaf(leaf: StoredLeaf, dtype: DType | None,
                sharding: jax.sharding.Sharding) -> jax.Array:
   dtype = jnp.dtype(dtype or leaf.dtype)
+  if leaf.verify and (sharding.is_fully_addressable or sharding.is_fully_replicated):
+    leaf.verify()  # Else this process would read what others need.
   parts = {}  # devices that hold the same part share one read
 
   def part(index: tuple[slice, ...]) -> np.ndarray:
@@ -111,6 +115,8 @@ def _load_leaf(leaf: StoredLeaf, dtype: DType | None,
     if key not in parts:
       # Always a copy: an array on CPU may keep this memory, and the file must not stay mapped.
       parts[key] = np.array(leaf.read(index), dtype=dtype, order='C')
+      if not np.isfinite(parts[key]).all():
+        raise ValueError(f'it has values that are NaN or infinite in {dtype.name}')
     return parts[key]
 
   # Waiting frees the host's copy before the next leaf is read.
