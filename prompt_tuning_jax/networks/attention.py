@@ -143,6 +143,8 @@ class MultiHeadAttention(nn.Module):
       key, value = self._update_cache(key, value, cache_index, cache_length)
     if prefix is not None:
       key, value, bias, mask = prefix.prepend(key, value, bias, mask)
+    # For whoever asks for the weights (`analysis.attention_mass`); for others it does nothing.
+    self.sow('intermediates', 'attends', (query, key, bias, mask, context))
     drop = layers.dropout(self.dropout_rate)
     out = attend(query, key, value, bias, mask, drop, deterministic, context)
     out = out.transpose(0, 2, 1, 3).reshape(*inputs_q.shape[:-1], self.num_heads * self.head_dim)
