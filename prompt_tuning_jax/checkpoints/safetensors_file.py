@@ -19,6 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from prompt_tuning_jax.checkpoints.stored_leaf import sha256
 from prompt_tuning_jax.types import Shape
 
 DTYPES = {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16',
@@ -82,7 +83,7 @@ class Header:
   def check(self, name: str, tensor: np.ndarray | None = None):
     """Raises ValueError where a tensor's bytes (of a copy, if given) are not those written."""
     expected = self.checksums.get(name)
-    if expected and expected != _sha256(self.tensor(name) if tensor is None else tensor):
+    if expected and expected != sha256(self.tensor(name) if tensor is None else tensor):
       raise ValueError(f'its bytes in {os.path.basename(self.path)} are not those that were '
                        'written (SHA-256): copy the file again')
 
@@ -143,15 +144,11 @@ def _check_overlap(tensors: Mapping[str, Entry], start: int):
     at = entry.end
 
 
-def _sha256(tensor: np.ndarray) -> str:
-  flat = np.ascontiguousarray(tensor).reshape(-1)
-  return hashlib.sha256(flat.view(np.uint8).data).hexdigest()
-
-
 def _header_sha256(header: Mapping[str, Any]) -> str:
   """Of a header without this entry, however its JSON is written."""
   about = {key: text for key, text in header[METADATA].items() if key != OF_HEADER}
-  return hashlib.sha256(json.dumps({**header, METADATA: about}, sort_keys=True).encode()).hexdigest()
+  text = json.dumps({**header, METADATA: about}, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write(path: str | os.PathLike, tensors: Mapping[str, tuple[str, Shape]],
@@ -175,7 +172,7 @@ def write(path: str | os.PathLike, tensors: Mapping[str, tuple[str, Shape]],
       array = np.ascontiguousarray(get(name))
       assert array.dtype == jnp.dtype(dtype) and array.shape == tuple(shape), (name, array.dtype)
       file.write(array.reshape(-1).view(np.uint8).data)
-      checksums[name] = _sha256(array)
+      checksums[name] = sha256(array)
     file.seek(0)
     file.write(_header_bytes(header, metadata, checksums))
 

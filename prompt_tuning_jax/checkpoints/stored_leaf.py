@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping
 
 import jax
@@ -132,6 +133,12 @@ def to_host(path: str, leaf: Array) -> np.ndarray:
                      'are whole in this process can be written.')
   # Of a copy: an Array keeps the NumPy value it once gave, which would add up to a second model.
   return np.asarray(jnp.copy(leaf) if leaf.is_fully_addressable else leaf)
+
+
+def sha256(array: np.ndarray) -> str:
+  """In hex, of an array's bytes in C order."""
+  flat = np.ascontiguousarray(array).reshape(-1)
+  return hashlib.sha256(flat.view(np.uint8).data).hexdigest()
 
 
 def _named(path: str, name: str) -> str:

@@ -2,8 +2,13 @@
 
 The file `checkpoint` is flax msgpack, {version, optimizer: {state, target}}: small leaves sit in
 it, large ones are zarr arrays in folders beside it. The optimizer's state is ignored.
+
+Of zarr's chunks gzip keeps a CRC. What is written here has two entries more, which T5X does not
+look at: `checksums`, {path: SHA-256 of a zarr array's bytes}, and `sha256`, of all but the version.
 """
 
+import hashlib
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -15,7 +20,7 @@ from flax import serialization
 
 from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.checkpoints.atomic_write import atomic_folder
-from prompt_tuning_jax.checkpoints.stored_leaf import StoredLeaf, to_host
+from prompt_tuning_jax.checkpoints.stored_leaf import StoredLeaf, sha256, to_host
 from prompt_tuning_jax.networks.gpt import GPTConfig
 from prompt_tuning_jax.networks.t5 import T5Config
 from prompt_tuning_jax.types import PyTree, Shape
@@ -23,6 +28,7 @@ from prompt_tuning_jax.types import PyTree, Shape
 VERSION = 3
 CHUNK_BYTES = 64 * 2 ** 20
 MAX_INDEX_BYTES = 2 ** 31
+DEFLATE = 1040  # deflate makes no more of a byte than this
 _LEAF_KEYS = {'driver', 'kvstore'}  # a mapping with these is a zarr array, not a branch
 
 
@@ -46,7 +52,7 @@ def checkpoints_under(folder: str | os.PathLike) -> list[str]:
 def open_folder(folder: str | os.PathLike) -> dict[str, StoredLeaf]:
   """{path: leaf} of a legacy checkpoint; reads the `checkpoint` file only."""
   folder = os.fspath(folder)
-  target = _read_index(folder)
+  target, checksums = _read_index(folder)
   stored = {}
 
   def visit(branch: Mapping[str, Any], prefix: str):
@@ -55,19 +61,22 @@ def open_folder(folder: str | os.PathLike) -> dict[str, StoredLeaf]:
       if isinstance(value, Mapping) and not _LEAF_KEYS <= value.keys():
         visit(value, path + '/')
       else:
-        stored[path] = _leaf(folder, path, value)
+        stored[path] = _leaf(folder, path, value, checksums.get(path))
 
   visit(target, '')
   return stored
 
 
-def _read_index(folder: str) -> Mapping[str, Any]:
+def _read_index(folder: str) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+  """({name: branch or leaf}, {path: SHA-256 of a zarr array}); the second is {} of T5X's own."""
   where = f'{folder.rstrip("/")}/checkpoint'
   try:
     data = _open_store(folder).read('checkpoint').result()
     if data.state != 'value' or len(data.value) > MAX_INDEX_BYTES:
       raise ValueError(f'{folder} has no file named checkpoint: it is no T5X checkpoint.')
     content = serialization.msgpack_restore(data.value)
+    if 'sha256' in content and content['sha256'] != _sha256(content):
+      raise ValueError('it is not what was written (SHA-256): copy it again')
   except Exception as error:  # msgpack and tensorstore raise many kinds
     if isinstance(error, ValueError) and str(error).startswith(folder):
       raise
@@ -77,37 +86,51 @@ def _read_index(folder: str) -> Mapping[str, Any]:
   if not isinstance(target, Mapping):
     raise ValueError(f'{where} is not a legacy T5X checkpoint: it has no optimizer/target. '
                      'T5X writes one with `use_orbax=False`.')
-  return target
+  return target, content.get('checksums') or {}
 
 
-def _leaf(folder: str, path: str, value: Any) -> StoredLeaf:
+def _sha256(content: Mapping[str, Any]) -> str:
+  parts = {name: content[name] for name in ('optimizer', 'checksums')}
+  return hashlib.sha256(serialization.msgpack_serialize(parts)).hexdigest()
+
+
+def _leaf(folder: str, path: str, value: Any, checksum: str | None) -> StoredLeaf:
   if isinstance(value, np.ndarray | np.generic):
     array = np.asarray(value)
     return StoredLeaf(path, array.shape, array.dtype.name, lambda index: array[index])
   try:
-    metadata = value['metadata']
-    shape = tuple(int(size) for size in metadata['shape'])
+    metadata = {'order': 'C', **value['metadata']}
+    shape, chunks = (tuple(map(int, metadata[key])) for key in ('shape', 'chunks'))
     dtype = jnp.dtype(metadata['dtype']).name
     # The folder's last part only: T5X stores paths relative to the checkpoint, and what a file
     # says must not lead out of it.
     kvstore = value['kvstore']
     name = (kvstore.get('path') or value['path']).rstrip('/').split('/')[-1]
-    if value['driver'] != 'zarr' or name in ('', '.', '..') or min(shape, default=1) < 0:
+    if (value['driver'] != 'zarr' or name in ('', '.', '..') or min(shape, default=1) < 0
+        or metadata['compressor']['id'] != 'gzip'
+        or not all(0 < chunk <= max(size, 1) for chunk, size in zip(chunks, shape, strict=True))):
       raise ValueError
   except (KeyError, TypeError, ValueError, AttributeError):
     return StoredLeaf(path, (), 'unknown', lambda index: np.zeros(()),
                       f'is {str(value)[:80]!r}, neither an array nor the place of a zarr array')
-  spec = {'driver': 'zarr', 'kvstore': _kvstore(f'{folder.rstrip("/")}/{name}')}
+  where = f'{folder.rstrip("/")}/{name}'
+  # What the zarr array says of itself must be what the index says, byte order and all.
+  spec = {'driver': 'zarr', 'kvstore': _kvstore(where), 'metadata': metadata}
   if metadata.get('fill_value') is None:
     spec['fill_missing_data_reads'] = False  # a lost chunk would read as zeros
 
   def read(index: tuple[slice, ...]) -> np.ndarray:
     import tensorstore as ts
     try:
+      size, found = math.prod(shape) * jnp.dtype(dtype).itemsize, _size_on_disk(where)
+      if found and size > found * DEFLATE:  # Out of memory, tensorstore would end the process.
+        raise ValueError(f'{size} bytes cannot be in {name}, which has {found}, compressed')
       store = ts.open(spec, open=True, read=True).result()
-      if tuple(store.shape) != shape:
-        raise ValueError(f'its zarr array is {list(store.shape)}, expected {list(shape)}')
-      return store[index].read().result()
+      array = store[index].read().result()
+      if checksum and array.shape == shape and sha256(array) != checksum:
+        raise ValueError(f'the bytes in {name} are not those that were written (SHA-256): copy '
+                         'the folder again')
+      return array
     except Exception as error:
       raise ValueError(_first_line(error)) from None
 
@@ -175,15 +198,18 @@ def write(folder: str | os.PathLike, params: PyTree, *, step: int = 0):
 
 
 def _write(folder: str, params: PyTree, step: int):
-  target = {}
+  target, checksums = {}, {}
   for path, leaf in param_paths.flatten(params).items():
     array = to_host(path, leaf)
     # As T5X: norms and relative positions in the index, matrices in zarr.
     is_small = array.ndim < 2 or path.endswith('/rel_embedding')
     target[path] = array if is_small else _write_zarr(folder, path, array)
-  content = {'version': VERSION, 'optimizer': {
+    if not is_small:
+      checksums[path] = sha256(array)
+  content = {'version': VERSION, 'checksums': checksums, 'optimizer': {
       'state': {'step': np.asarray(step, np.int32), 'param_states': {}},
       'target': param_paths.unflatten(target)}}
+  content['sha256'] = _sha256(content)
   _open_store(folder).write('checkpoint', serialization.msgpack_serialize(content)).result()
 
 
@@ -200,6 +226,12 @@ def _write_zarr(folder: str, path: str, array: np.ndarray) -> dict[str, Any]:
   spec = {'driver': 'zarr', 'kvstore': _kvstore(f'{folder}/{name}'), 'metadata': metadata}
   ts.open(spec, create=True).result().write(array).result()
   return {'driver': 'zarr', 'kvstore': {'driver': 'gfile', 'path': name}, 'metadata': metadata}
+
+
+def _size_on_disk(folder: str) -> int | None:
+  """Bytes of a local folder's files; None where there is none, and on gs://."""
+  is_there = not _is_remote(folder) and os.path.isdir(folder)
+  return sum(file.stat().st_size for file in os.scandir(folder)) if is_there else None
 
 
 def _is_remote(folder: str | os.PathLike) -> bool:
