@@ -105,10 +105,10 @@ class TrainBatches:
     batch = _empty_batch(local, widths[0] + longest_prompt, widths[1])
     for i in np.unique(cache_of):
       here = np.flatnonzero(cache_of == i)
-      cache = self.caches[i]
+      cache, own = self.caches[i], rows[here] - self._stream.firsts[i]
+      cache.check(own)
       part = _assemble(cache.input_tokens, cache.input_offsets, cache.target_tokens,
-                       cache.target_offsets, rows[here] - self._stream.firsts[i], widths,
-                       self.virtual[i])
+                       cache.target_offsets, own, widths, self.virtual[i])
       for name, array in part.items():
         batch[name][here, :array.shape[1]] = array
     return batch

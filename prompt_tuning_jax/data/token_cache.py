@@ -26,14 +26,14 @@ from typing import Any
 
 import numpy as np
 
+from prompt_tuning_jax.data import file_digest
+
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 FEATURES = ('inputs', 'targets')
 SENTINEL = '<extra_id_0>'  # Before every target where the task asks for it; metrics do not see it.
 ENVIRONMENT = 'PROMPT_TUNING_JAX_CACHE'
-HASHED_WHOLE = 64 << 20  # Larger files are checked by size, head and tail: opening stays quick.
-ENDS = 1 << 20
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS,
                errno.ENOTDIR, errno.EEXIST)
 
@@ -117,7 +117,7 @@ class CacheWriter:
           _close(file)
       if self._rows is not None:
         _close(self._rows)
-      files = {path.name: _digest(path) for path in sorted(self.folder.iterdir())
+      files = {path.name: file_digest.of_file(path) for path in sorted(self.folder.iterdir())
                if path.suffix in ('.npy', '.jsonl')}
       _write_meta(self.folder, {'metrics': [], 'postprocessor': None,
                                 'num_cut': dict.fromkeys(FEATURES, 0), 'first_hidden': None, **meta,
@@ -132,7 +132,8 @@ class TokenCache:
   """A cache that has been opened. Row i's inputs are `input_tokens[offsets[i]:offsets[i + 1]]`.
 
   `input_tokens` and `target_tokens` are memory maps ([total] int32), offsets are [n + 1] int64.
-  `taken` are the folder's rows that a part of it has ([n] int64); None is all.
+  `taken` are the folder's rows that a part of it has ([n] int64); None is all. `blocks` are those
+  of large files, which are checked when they are read: {'inputs', 'targets', 'rows': Blocks}.
   """
 
   folder: pathlib.Path
@@ -142,9 +143,23 @@ class TokenCache:
   target_tokens: np.ndarray
   target_offsets: np.ndarray
   taken: np.ndarray | None = None
+  blocks: Mapping[str, file_digest.Blocks] = dataclasses.field(default_factory=dict)
+
+  def check(self, rows: np.ndarray) -> None:
+    """Raises ValueError where some rows' tokens are not what was written: [m] int64.
+
+    Call it before you read them from `input_tokens` and `target_tokens`.
+    """
+    for feature, tokens, offsets in (('inputs', self.input_tokens, self.input_offsets),
+                                     ('targets', self.target_tokens, self.target_offsets)):
+      if feature in self.blocks and len(rows):
+        start = self.blocks[feature].size - tokens.nbytes  # the array's header comes first
+        self.blocks[feature].check(start + offsets[rows] * tokens.itemsize,
+                                   start + offsets[rows + 1] * tokens.itemsize)
 
   def take(self, rows: np.ndarray) -> 'TokenCache':
     """The cache of some rows, in memory: [m] int64, rising."""
+    self.check(rows)
     arrays = []
     for tokens, offsets in ((self.input_tokens, self.input_offsets),
                             (self.target_tokens, self.target_offsets)):
@@ -152,7 +167,8 @@ class TokenCache:
       arrays += [np.concatenate([np.zeros(0, np.int32), *parts]),
                  np.cumsum([0, *map(len, parts)])]
     before = np.arange(self.num_examples) if self.taken is None else self.taken
-    return TokenCache(self.folder, self.meta, *arrays, taken=before[rows])
+    return TokenCache(self.folder, self.meta, *arrays, before[rows],
+                      {name: self.blocks[name] for name in self.blocks if name == 'rows'})
 
   @property
   def num_examples(self) -> int:
@@ -166,10 +182,12 @@ class TokenCache:
 
   def inputs(self, i: int) -> np.ndarray:
     """[n] int32."""
+    self.check(np.array([i]))
     return self.input_tokens[self.input_offsets[i]:self.input_offsets[i + 1]]
 
   def targets(self, i: int) -> np.ndarray:
     """[n] int32."""
+    self.check(np.array([i]))
     return self.target_tokens[self.target_offsets[i]:self.target_offsets[i + 1]]
 
   @functools.cached_property
@@ -185,9 +203,10 @@ class TokenCache:
   @functools.cached_property
   def rows(self) -> list[dict[str, Any]]:
     """What evaluation needs of every row (see `CacheWriter.add`); empty if there is nothing."""
-    path = self.folder / 'rows.jsonl'
-    if not path.exists():
+    if not (path := self.folder / 'rows.jsonl').exists():
       return []
+    if 'rows' in self.blocks:
+      self.blocks['rows'].check_all()
     kept = None if self.taken is None else set(self.taken.tolist())
     with open(path, encoding='utf-8') as file:
       return [json.loads(line) for i, line in enumerate(file) if kept is None or i in kept]
@@ -227,8 +246,7 @@ def open_or_build(task, split: str, vocabulary, lengths: Mapping[str, int],
     lengths: {'inputs': n, 'targets': m}, in tokens with EOS.
     cache_dir: default $PROMPT_TUNING_JAX_CACHE/tokens or ~/.cache/prompt_tuning_jax/tokens.
 
-  Raises:
-    ValueError: the split is empty, the disk is full, or the task says so.
+  Raises ValueError where the split is empty, the disk is full, or the task says so.
   """
   if not all(int(lengths.get(feature, 0)) > 0 for feature in FEATURES):
     raise ValueError("Task feature lengths must be like {'inputs': 128, 'targets': 8}, got "
@@ -252,25 +270,23 @@ def open_or_build(task, split: str, vocabulary, lengths: Mapping[str, int],
 
 
 def open_cache(folder: str | os.PathLike) -> TokenCache:
-  """Opens a folder, checking its files against their sums.
+  """Opens a folder, checking its files against their sums, large ones when they are read.
 
-  Raises:
-    ValueError: a file is missing, damaged, or of another format version.
+  Raises ValueError where a file is missing, damaged, or of another format version.
   """
   folder = pathlib.Path(folder)
   try:
     meta = json.loads((folder / 'meta.json').read_text('utf-8'))
     if meta['format_version'] != FORMAT_VERSION:
       raise ValueError(f'format version {meta["format_version"]}, expected {FORMAT_VERSION}')
-    for name, digest in meta['files'].items():
-      if _digest(folder / name, whole=digest['bytes'] <= HASHED_WHOLE) != {
-          k: v for k, v in digest.items() if k != 'sha256' or digest['bytes'] <= HASHED_WHOLE}:
-        raise ValueError(f'{name} is not what was written')
-    arrays = [_load(folder / f'{name}.npy', mmap) for feature in FEATURES
-              for name, mmap in ((feature, 'r'), (f'{feature}_offsets', None))]
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    if meta.get('sha256', file_digest.of_json(meta)) != file_digest.of_json(meta):
+      raise ValueError('meta.json is not what was written')
+    blocks = file_digest.check_all(folder, meta['files'], (*FEATURES, 'rows'))
+    arrays = [np.asarray(np.load(folder / f'{name}.npy', mmap_mode=mmap, allow_pickle=False))
+              for each in FEATURES for name, mmap in ((each, 'r'), (f'{each}_offsets', None))]
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     raise ValueError(f'Token cache {folder} cannot be used: {error!r}.') from error
-  return TokenCache(folder, meta, *arrays)
+  return TokenCache(folder, meta, *arrays, blocks=blocks)
 
 
 def _open_or_discard(folder: pathlib.Path, key: str) -> TokenCache | None:
@@ -350,33 +366,17 @@ def _write_header(file, count: int) -> None:
       file, {'descr': '<i4', 'fortran_order': False, 'shape': (count,)})
 
 
-def _load(path: pathlib.Path, mmap: str | None) -> np.ndarray:
-  return np.asarray(np.load(path, mmap_mode=mmap, allow_pickle=False))
-
-
 def _close(file) -> None:
   file.flush()
   os.fsync(file.fileno())
   file.close()
 
 
-def _digest(path: pathlib.Path, whole: bool = True) -> dict[str, Any]:
-  """Size, SHA-256 of the first and last MiB, and of the whole file if asked for."""
-  size = path.stat().st_size
-  with open(path, 'rb') as file:
-    ends = hashlib.sha256(file.read(ENDS))
-    file.seek(max(0, size - ENDS))
-    ends.update(file.read())
-    digest = {'bytes': size, 'ends_sha256': ends.hexdigest()}
-    if whole:
-      file.seek(0)
-      digest['sha256'] = hashlib.file_digest(file, 'sha256').hexdigest()
-  return digest
-
-
 def _write_meta(folder: pathlib.Path, meta: Mapping[str, Any]) -> None:
+  meta = json.loads(json.dumps(meta, default=_plain))
+  meta['sha256'] = file_digest.of_json(meta)
   with open(folder / 'meta.json', 'w', encoding='utf-8') as file:
-    file.write(json.dumps(meta, indent=1, default=_plain) + '\n')
+    file.write(json.dumps(meta, indent=1) + '\n')
     _close(file)
 
 

@@ -163,16 +163,59 @@ def test_a_damaged_cache_is_rebuilt_and_said_in_one_line(tmp_path, caplog, damag
   assert task.built == 2
 
 
-def test_large_files_are_checked_by_size_and_ends(tmp_path, monkeypatch):
-  monkeypatch.setattr(token_cache, 'HASHED_WHOLE', 100)
-  monkeypatch.setattr(token_cache, 'ENDS', 150)
+def test_a_block_of_a_large_file_is_checked_when_a_row_in_it_is_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(token_cache.file_digest, 'WHOLE', 100)
+  monkeypatch.setattr(token_cache.file_digest, 'BLOCK', 64)
   folder = _build(Task(make_rows(50)), tmp_path).folder
-  open_cache(folder)
+  good = open_cache(folder)
   content = (folder / 'inputs.npy').read_bytes()
-  for damaged in (content + b'0', content[:-1] + b'0', b'0' + content[1:]):
+  bounds = 4 * good.input_offsets + len(content) - good.input_tokens.nbytes
+  assert len(content) > 20 * 64
+  (folder / 'inputs.npy').write_bytes(content + b'0')
+  with pytest.raises(ValueError, match='inputs.npy is not what was written'):
+    open_cache(folder)
+  for at in range(0, len(content), 37):
+    damaged = bytearray(content)
+    damaged[at] ^= 16
     (folder / 'inputs.npy').write_bytes(damaged)
-    with pytest.raises(ValueError, match='inputs.npy is not what was written'):
-      open_cache(folder)
+    if at < 128:  # the header, read when it is opened
+      with pytest.raises(ValueError, match='cannot be used|is not what was written'):
+        open_cache(folder).inputs(40)
+      continue
+    cache, block = open_cache(folder), at // 64
+    for i in range(50):
+      for read in (cache.inputs, lambda i, of=cache: of.take(np.array([i])),
+                   lambda i, of=cache: of.check(np.array([i, i]))):
+        if bounds[i] // 64 <= block <= max(bounds[i + 1] - 1, bounds[i]) // 64:
+          with pytest.raises(ValueError, match=f'is not what was written .block {block} of'):
+            read(i)
+        else:
+          read(i)
+
+
+def test_rows_of_a_large_file_are_checked_when_they_are_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(token_cache.file_digest, 'WHOLE', 100)
+  monkeypatch.setattr(token_cache.file_digest, 'BLOCK', 64)
+  folder = _build(Task(make_rows(50)), tmp_path).folder
+  assert open_cache(folder).rows == open_cache(folder).take(np.arange(50)).rows
+  content = bytearray((folder / 'rows.jsonl').read_bytes())
+  content[len(content) // 2] ^= 1
+  (folder / 'rows.jsonl').write_bytes(content)
+  for cache in (open_cache(folder), open_cache(folder).take(np.arange(3))):
+    with pytest.raises(ValueError, match='rows.jsonl is not what was written'):
+      cache.rows  # noqa: B018
+
+
+def test_a_cache_of_before_has_no_blocks_and_is_checked_whole(tmp_path, monkeypatch):
+  folder = _build(Task(make_rows(50)), tmp_path).folder
+  monkeypatch.setattr(token_cache.file_digest, 'WHOLE', 100)
+  meta = json.loads((folder / 'meta.json').read_text())
+  del meta['sha256']
+  (folder / 'meta.json').write_text(json.dumps(meta))
+  assert not open_cache(folder).blocks
+  _flip(folder)
+  with pytest.raises(ValueError, match='inputs.npy is not what was written'):
+    open_cache(folder)
 
 
 def test_an_empty_split_is_an_error_and_leaves_nothing(tmp_path):
