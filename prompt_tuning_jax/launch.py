@@ -29,7 +29,8 @@ Any gin name can be set on the command line; text need not be quoted again:
   --gin.MODEL_DIR=/tmp/model   --gin.BATCH_SIZE=8   --gin.optimizers.adafactor.learning_rate=0.1
 
 Gin files are looked for in the current folder, in --gin_search_paths, then among our own:
-  run/ method/ prompt/ prefix/ task/ batching/ subset/ vocabulary/ network/   (at most one of each)
+  run/ method/ prompt/ prefix/ task/ batching/ subset/ vocabulary/ network/ partitioning/
+and at most one of each is named.
 
 Example:
   python -m prompt_tuning_jax.train --gin_file=run/quick_start.gin --gin.MODEL_DIR=/tmp/model

@@ -113,8 +113,10 @@ class Predictor:
     self._vocabulary, self._virtual, self._bank = vocabulary, virtual, bank
     self._batch_size, self._partitioner = batch_size, partitioner
     self._config, self._max_decode_length = model.network.config, max_decode_length
-    jit = lambda function, *static: jax.jit(functools.partial(function, model),
-                                            static_argnames=static)
+    # Answers are whole on every device, so that each of several processes has all of them.
+    jit = lambda function, *static: partitioner.jit(
+        functools.partial(function, model), static_argnames=static,
+        out_shardings=partitioner.replicated)
     self._rank = jit(prompted_model.candidate_log_likelihoods, 'most')
     self._score = jit(prompted_model.log_likelihood)
     self._generate = jit(prompted_model.generate, 'max_length', 'repeats')
@@ -266,9 +268,9 @@ class Predictor:
     on the device, a batch has fewer of them.
     """
     order = sorted(range(len(inputs)), key=lambda i: (-self._length(inputs, slots, i), i))
-    size, devices = self._batch_size, self._partitioner.mesh.size
+    size, parts = self._batch_size, self._partitioner.copies
     if beside > 1:
-      size = max(1, size // beside // devices) * devices
+      size = max(1, size // beside // parts) * parts
     for start in range(0, len(order), size):
       live = order[start:start + size]
       yield live, live + [live[-1]] * (size - len(live))

@@ -16,6 +16,7 @@ from prompt_tuning_jax.partitioning import Partitioner
 from prompt_tuning_jax.predictor import Predictor
 from prompt_tuning_jax.prompt_bank import PromptBank, Slot
 from prompt_tuning_jax.prompted_model import PromptedModel
+from prompt_tuning_jax.prompts.virtual_tokens import VirtualTokens
 from prompt_tuning_jax.prompts.weight_changes import combined
 from prompt_tuning_jax.types import PyTree
 
@@ -25,7 +26,8 @@ class PromptedBase:
   """A predictor with its parameters, vocabulary and the prompt's metadata ({} without one).
 
   With a `bank`, every example names its prompt; without one all have the prompt that was loaded.
-  `untuned` are the base's parameters alone, `identity` is what answers depend on, as JSON.
+  `untuned` are the base's parameters alone, `identity` is what answers depend on, as JSON. `model`
+  and `virtual` are what the predictor runs and writes into its inputs.
   """
 
   predictor: Predictor
@@ -35,6 +37,8 @@ class PromptedBase:
   bank: PromptBank | None = None
   untuned: PyTree = None
   identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  model: PromptedModel | None = None
+  virtual: VirtualTokens | None = None
 
   def slots(self, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Slot] | None:
     """The slots of [(place, fields), …]; None without a bank."""
@@ -105,7 +109,7 @@ def load(base: str, prompt: str | None = None, *, prompts: str | Mapping[str, st
   file = prompt_file.load(prompt) if prompt else None
   files = None if prompts is None else read_prompts(prompts)
   partitioner = Partitioner()
-  batch_size += -batch_size % partitioner.mesh.size
+  batch_size += -batch_size % partitioner.copies
   loaded = base_checkpoint.load_base(base, config=network, vocabulary_file=vocabulary_file,
                                      dtype=dtype,
                                      sharding_for=partitioner.sharding_for(logical_axes))
@@ -120,13 +124,14 @@ def load(base: str, prompt: str | None = None, *, prompts: str | Mapping[str, st
     modules, virtual = prompt_bank.parts(file, config)
     params = _with_leaves(file, params)
   bank = None if files is None else PromptBank(loaded, files)
-  predictor = Predictor(PromptedModel(config.network(), **modules), vocabulary, virtual,
-                        batch_size, max_decode_length, partitioner, bank)
+  model = PromptedModel(config.network(), **modules)
+  predictor = Predictor(model, vocabulary, virtual, batch_size, max_decode_length, partitioner, bank)
   identity = {'base': loaded.fingerprint, 'vocabulary': vocabulary.sha256, 'dtype': dtype,
               'network': str(loaded.config),
               'prompt': file and file.sha256, 'batch_size': batch_size,
               'prompts': files and {name: each.sha256 for name, each in files.items()}}
-  return PromptedBase(predictor, params, vocabulary, metadata, bank, loaded.params, identity)
+  return PromptedBase(predictor, params, vocabulary, metadata, bank, loaded.params, identity,
+                      model, virtual)
 
 
 def read_prompts(prompts: str | Mapping[str, str]) -> dict[str, prompt_file.PromptFile]:

@@ -27,6 +27,6 @@ class TrainState:
 
 
 def create(trainable: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
-  """The state at step 0."""
-  return TrainState(jnp.zeros((), jnp.int32), trainable, jax.jit(optimizer.init)(trainable),
+  """The state at step 0. What the optimizer keeps of a leaf is split as the leaf is."""
+  return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable),
                     jnp.full((), -1, jnp.int32))

@@ -1,0 +1,59 @@
+"""What the processes of one run do together. All compute alike; the first one writes.
+
+Every process must come to each of these calls, in the same order. With one process they do nothing.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from prompt_tuning_jax.types import PyTree
+
+PATIENCE = 24 * 3600  # seconds that the others wait while the first one makes something
+
+
+def is_first() -> bool:
+  """Whether this process writes what is written once."""
+  return jax.process_index() == 0
+
+
+def wait(name: str) -> None:
+  """Waits until every process is here. A process that dies meanwhile ends the wait."""
+  # Not by devices: theirs (Gloo's) wait for half a minute only.
+  ocp.multihost.sync_global_processes(name, timeout=PATIENCE)
+
+
+@contextlib.contextmanager
+def first_before_others(name: str) -> Iterator[None]:
+  """The first process goes through the body before the others do.
+
+  So that what it leaves on a disk that they share is made once.
+  """
+  if not is_first():
+    wait(name)
+  yield
+  if is_first():
+    wait(name)
+
+
+def of_the_first(values: Mapping[str, float]) -> dict[str, float]:
+  """The first process's values in every process, bit for bit; all have the same names."""
+  if jax.process_count() == 1:
+    return dict(values)
+  halves = np.array(list(values.values()), np.float64).view(np.uint32)  # devices have no float64
+  given = np.asarray(multihost_utils.broadcast_one_to_all(halves)).view(np.float64)
+  return dict(zip(values, given.tolist(), strict=True))
+
+
+def whole(tree: PyTree) -> PyTree:
+  """Leaves that may be in parts in several processes, whole: NumPy arrays of this process, one by
+  one through its devices. In a single process the tree as it is."""
+  if jax.process_count() == 1:
+    return tree
+  return jax.tree.map(lambda leaf: np.asarray(
+      leaf if leaf.is_fully_replicated else multihost_utils.process_allgather(leaf, tiled=True)),
+                      tree)
