@@ -3,9 +3,10 @@
 Read here as memory maps, so that a shard reads only its slice and a damaged file can name the
 tensors it lost; written tensor by tensor, so that a model is never held twice.
 
-Files written here hold checksums in their metadata, where other readers let them lie: `sha256`, a
-JSON object {tensor: SHA-256 of its bytes}, and `header_sha256`, of all else that the header says.
-They find what a disk or a copy has changed, not what somebody has changed with them.
+Files written here hold checksums in their metadata, where other readers let them lie:
+`tensors_sha256`, a JSON object {tensor: SHA-256 of its bytes}, and `header_sha256`, of all else that
+the header says. They find what a disk or a copy has changed, not what somebody has changed with
+them.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ DTYPES = {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat1
           'BOOL': 'bool'}
 CODES = {name: code for code, name in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # as the safetensors library has it
-METADATA, OF_TENSORS, OF_HEADER = '__metadata__', 'sha256', 'header_sha256'
+METADATA, OF_TENSORS, OF_HEADER = '__metadata__', 'tensors_sha256', 'header_sha256'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +106,8 @@ def read_header(path: str | os.PathLike) -> Header:
     if not all(isinstance(text, str) for text in metadata.values()):
       raise ValueError('its metadata is not text')
     checksums = {}
-    if OF_HEADER in metadata:
-      if metadata[OF_HEADER] != _header_sha256(header):
+    if OF_HEADER in metadata or OF_TENSORS in metadata:
+      if metadata.get(OF_HEADER) != _header_sha256(header):
         raise ValueError('its header is not the one that was written (SHA-256): copy it again')
       checksums = dict(json.loads(metadata[OF_TENSORS]))
     header.pop(METADATA, None)

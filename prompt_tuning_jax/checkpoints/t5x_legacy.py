@@ -75,7 +75,7 @@ def _read_index(folder: str) -> tuple[Mapping[str, Any], Mapping[str, str]]:
     if data.state != 'value' or len(data.value) > MAX_INDEX_BYTES:
       raise ValueError(f'{folder} has no file named checkpoint: it is no T5X checkpoint.')
     content = serialization.msgpack_restore(data.value)
-    if 'sha256' in content and content['sha256'] != _sha256(content):
+    if content.keys() & {'sha256', 'checksums'} and content.get('sha256') != _sha256(content):
       raise ValueError('it is not what was written (SHA-256): copy it again')
   except Exception as error:  # msgpack and tensorstore raise many kinds
     if isinstance(error, ValueError) and str(error).startswith(folder):

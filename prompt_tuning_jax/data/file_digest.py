@@ -33,6 +33,18 @@ def of_json(value: Mapping[str, Any]) -> str:
   return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """{'files': {name: digest}, …, 'sha256': its own}; raises ValueError if it was changed."""
+  if not path.is_file():
+    raise ValueError(f'there is no file {path.name}')
+  value = json.loads(path.read_text('utf-8'))
+  # Older ones have no sum of their own.
+  is_old = all('ends_sha256' in digest for digest in value['files'].values())
+  if not is_old and value.get('sha256') != of_json(value):
+    raise ValueError(f'{path.name} is not what was written')
+  return value
+
+
 class Blocks:
   """The blocks of a large file of `size` bytes, of which each is checked once."""
 

@@ -167,8 +167,8 @@ class TokenCache:
       arrays += [np.concatenate([np.zeros(0, np.int32), *parts]),
                  np.cumsum([0, *map(len, parts)])]
     before = np.arange(self.num_examples) if self.taken is None else self.taken
-    return TokenCache(self.folder, self.meta, *arrays, before[rows],
-                      {name: self.blocks[name] for name in self.blocks if name == 'rows'})
+    blocks = {name: self.blocks[name] for name in self.blocks if name == 'rows'}
+    return TokenCache(self.folder, self.meta, *arrays, before[rows], blocks)
 
   @property
   def num_examples(self) -> int:
@@ -256,8 +256,8 @@ def open_or_build(task, split: str, vocabulary, lengths: Mapping[str, int],
           'vocabulary': {'sha256': vocabulary.sha256, 'extra_ids': vocabulary.extra_ids},
           'lengths': {feature: int(lengths[feature]) for feature in FEATURES}}
   key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-  readable = re.sub(r'[^\w.-]+', '_', f'{task.name}-{split}')[:80]
-  folder = _cache_dir(cache_dir) / f'{readable}-{key[:16]}'
+  name = re.sub(r'[^\w.-]+', '_', f'{task.name}-{split}')[:80]
+  folder = _cache_dir(cache_dir) / f'{name}-{key[:16]}'
   cache = _open_or_discard(folder, key)
   if cache is None:
     cache = _build(task, split, vocabulary, lengths, folder, {**what, 'key': key})
@@ -276,11 +276,9 @@ def open_cache(folder: str | os.PathLike) -> TokenCache:
   """
   folder = pathlib.Path(folder)
   try:
-    meta = json.loads((folder / 'meta.json').read_text('utf-8'))
+    meta = file_digest.read_json(folder / 'meta.json')
     if meta['format_version'] != FORMAT_VERSION:
       raise ValueError(f'format version {meta["format_version"]}, expected {FORMAT_VERSION}')
-    if meta.get('sha256', file_digest.of_json(meta)) != file_digest.of_json(meta):
-      raise ValueError('meta.json is not what was written')
     blocks = file_digest.check_all(folder, meta['files'], (*FEATURES, 'rows'))
     arrays = [np.asarray(np.load(folder / f'{name}.npy', mmap_mode=mmap, allow_pickle=False))
               for each in FEATURES for name, mmap in ((each, 'r'), (f'{each}_offsets', None))]
