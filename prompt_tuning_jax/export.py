@@ -3,7 +3,7 @@
 import os
 import sys
 
-from prompt_tuning_jax import launch, verb
+from prompt_tuning_jax import cloud_storage, launch, verb
 
 ABOUT = ('Writes a prompt for other libraries, or one of theirs as a prompt file. --to=peft is a '
          "folder of PEFT's prompt tuning; numpy the .npy [P, D] of google-research/prompt-tuning; "
@@ -200,6 +200,7 @@ def main(argv: list[str]) -> int:
   launch.set_up_process()
 
   def work() -> None:
+    flags.prompt = cloud_storage.fetch(flags.prompt)
     check(flags)
     export(flags)
 

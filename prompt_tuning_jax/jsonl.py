@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
+from prompt_tuning_jax import cloud_storage
 from prompt_tuning_jax.checkpoints import partial_file
 from prompt_tuning_jax.data import text_file
 
@@ -44,7 +45,8 @@ def answer_file(source: str, target: str, answer: Callable[[list[Placed]], list[
 
   `answer` gets [(place, row), …] and returns one object a row. `target` appears when it is whole.
   Until then TARGET.partial grows; after a kill or an error, the next call keeps its parts up to the
-  first whose rows in `source` have changed, and goes on from there.
+  first whose rows in `source` have changed, and goes on from there. A target in a bucket is made on
+  this machine, where the next call finds its parts.
 
   Args:
     settings: what the answers depend on besides the rows, as JSON; answers given under other
@@ -54,7 +56,13 @@ def answer_file(source: str, target: str, answer: Callable[[list[Placed]], list[
     ValueError: for a row that cannot be read, no rows at all, a full disk, a target that is the
       source, or one that another process is writing.
   """
-  path, count = pathlib.Path(source).expanduser(), 0
+  if cloud_storage.is_remote(target):
+    made = cloud_storage.beside(target)
+    count = answer_file(source, os.fspath(made), answer, settings=settings)
+    cloud_storage.put(made, target)
+    made.unlink()
+    return count
+  path, count = pathlib.Path(cloud_storage.fetch(source)).expanduser(), 0
   with (open(path, 'rb') as file, _output(path, target, settings) as output,
         _progress(file) as show):
     for part, sha256 in _parts(source, file):

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from prompt_tuning_jax import launch, verb
+from prompt_tuning_jax import cloud_storage, launch, verb
 
 ABOUT = ("Answers over HTTP with many prompts of one base, batched together: OpenAI's completions, "
          "whose model is a prompt's name, and classification. Prompts that are put into the "
@@ -93,7 +93,7 @@ def engine(flags):
   settings = EngineSettings(**{name: getattr(flags, name) for name in (
       'batch_sizes', 'widths', 'max_input_length', 'max_decode_length', 'max_active',
       'max_queue', 'max_delay_ms', 'poll_seconds', 'shutdown_seconds')})
-  folder, files = prompts(flags.prompts)
+  folder, files = prompts([cloud_storage.fetch(path) for path in flags.prompts])
   network = launch.network_named(flags.network) if flags.network else None
   base = base_checkpoint.load_base(flags.base, config=network, vocabulary_file=flags.vocabulary,
                                    dtype=flags.dtype)

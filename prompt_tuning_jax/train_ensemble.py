@@ -8,7 +8,7 @@ import pathlib
 import shutil
 import sys
 
-from prompt_tuning_jax import launch, verb
+from prompt_tuning_jax import cloud_storage, launch, verb
 
 ABOUT = ('Runs `train` once for each seed, in MODEL_DIR/seed_N, and then all prompts on the '
          'evaluation data in the same batches: on average, the best, and together, by majority '
@@ -78,7 +78,10 @@ def main(argv: list[str]) -> int:
       raise ValueError(f'An ensemble needs {MODEL_DIR}FOLDER once; --seeds alone say the seeds.')
     if len(set(flags.seeds)) < len(flags.seeds) or len(flags.seeds) < 2:
       raise ValueError(f'An ensemble needs two different seeds or more, got {flags.seeds}.')
-    folder = pathlib.Path(given[0].strip('\'"')).expanduser()
+    folder = given[0].strip('\'"')
+    if cloud_storage.is_remote(folder):
+      raise ValueError(f'The MODEL_DIR of an ensemble is a folder of this machine, got {folder}.')
+    folder = pathlib.Path(folder).expanduser()
     arguments = checked(others, folder)
     files = members(others, folder, flags.seeds)
     from prompt_tuning_jax.training import ensemble, run

@@ -6,7 +6,7 @@ import pathlib
 import sys
 from collections.abc import Callable
 
-from prompt_tuning_jax import __version__, launch
+from prompt_tuning_jax import __version__, cloud_storage, launch
 
 NAMED = 'each row names its own in "prompt"'
 path = os.path.expanduser  # the type of a flag: a shell leaves `--output=~/file` alone
@@ -130,12 +130,12 @@ def exit_status(work: Callable[[], None]) -> int:
 def check_files(inputs: list[str], output: str | None) -> None:
   """Raises ValueError, before anything slow, for a file that cannot be read or written."""
   for name in inputs:
-    file = pathlib.Path(name)
+    file = pathlib.Path(cloud_storage.fetch(name))
     if not file.exists():
       raise ValueError(f'There is no file {name}.')
     if file.is_dir() or not os.access(file, os.R_OK):
       raise ValueError(f'Cannot read {name}: it is a folder, or you may not.')
-  if output is None:
+  if output is None or cloud_storage.is_remote(output):
     return
   file = pathlib.Path(output)
   if file.is_dir():

@@ -14,7 +14,7 @@ FILES = sorted([*PACKAGE.rglob('*.py'), *TASKS.rglob('*.py')])
 
 FLOORS = (
     {'types'},
-    {'param_paths', 'tokenizer_file'},
+    {'param_paths', 'tokenizer_file', 'cloud_storage'},
     {'networks', 'prompts', 'decoding', 'objectives', 'metrics', 'partitioning', 'optimizers',
      'ranking'},
     {'prompted_model', 'methods', 'data', 'checkpoints'},

@@ -7,6 +7,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
+from prompt_tuning_jax import cloud_storage
+
 Path = str | os.PathLike
 
 
@@ -17,6 +19,10 @@ def atomic_file(path: Path) -> Iterator[pathlib.Path]:
   A link stays, the file it names is replaced. What is no regular file, such as /dev/stdout, is
   given itself.
   """
+  if cloud_storage.is_remote(path):
+    with cloud_storage.new_file(path) as made:
+      yield made
+    return
   path = pathlib.Path(path)
   if path.exists() and not path.is_file():
     yield path
@@ -38,8 +44,13 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[pathlib.Path]:
   """Gives a temporary sibling folder to fill; on success it becomes `path`.
 
   Raises ValueError if `path` exists and is not an empty folder, unless told to `replace` it: then
-  the old folder steps aside for the instant between two renames.
+  the old folder steps aside for the instant between two renames. In a bucket, files come one
+  after another.
   """
+  if cloud_storage.is_remote(path):
+    with cloud_storage.new_folder(path, replace) as made:
+      yield made
+    return
   path = pathlib.Path(path)
   if path.exists() and not path.is_dir() or not replace and path.is_dir() and any(path.iterdir()):
     raise ValueError(f'{path} exists already: delete it or write to another folder.')

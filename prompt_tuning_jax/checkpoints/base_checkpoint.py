@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prompt_tuning_jax import param_paths
+from prompt_tuning_jax import cloud_storage, param_paths
 from prompt_tuning_jax.checkpoints import (
     hf_config,
     hf_families,
@@ -56,7 +56,8 @@ def load_base(name_or_folder: str | os.PathLike, *, config: Any = None,
               vocabulary_file: str | VocabularyFile | None = None,
               dtype: DType | None = 'float32',
               sharding_for: ShardingFor | None = None) -> Base:
-  """Reads a base: a bundled name ('mini'), a Hugging Face or T5X folder, or a gs:// T5X folder.
+  """Reads a base: a bundled name ('mini'), a Hugging Face or T5X folder, or one in a bucket
+  (gs://…; a Hugging Face folder is copied from there first).
 
   A bundled name wins over a folder of that name ('./mini' is the folder). `dtype` is that of the
   parameters, None as stored; `config.dtype`, of activations, is the caller's to replace.
@@ -113,18 +114,19 @@ def _locate(name: str) -> str:
   bundled = bundled_bases()
   if name in bundled:
     return os.fspath(BUNDLED / name)
-  is_remote = name.startswith('gs://')
+  is_remote = cloud_storage.is_remote(name)
+  if is_remote and not t5x_legacy.is_folder(name) and not t5x_legacy.checkpoints_under(name):
+    name, is_remote = cloud_storage.fetch(name), False
   if not is_remote and not os.path.isdir(name):
     what = 'a file, not a folder' if os.path.exists(name) else 'no folder'
     raise ValueError(f'The base {name!r} is {what}, and no bundled base: those are '
                      f'{", ".join(bundled) or "none in this installation"}.')
-  if t5x_legacy.is_folder(name) or not is_remote and hf_safetensors.is_folder(pathlib.Path(name)):
+  if t5x_legacy.is_folder(name) or hf_safetensors.is_folder(pathlib.Path(name)):
     return name
   inside = t5x_legacy.checkpoints_under(name)
   hint = f' Did you mean {os.path.join(name, inside[-1])}?' if inside else ''
-  remote = ' A Hugging Face folder must be copied to a local disk first.' if is_remote else ''
   raise ValueError(f'{name} is no checkpoint: it has neither the file `checkpoint` of T5X nor the '
-                   f'config.json of Hugging Face.{hint or remote}')
+                   f'config.json of Hugging Face.{hint}')
 
 
 def _config_beside(folder: str) -> Any:

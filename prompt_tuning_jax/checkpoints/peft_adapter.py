@@ -76,7 +76,6 @@ def write(folder: Path, prompt: PromptFile, base_name: str | None, is_decoder_on
     base_name: what PEFT loads as the base, a folder or a name on Hugging Face's hub.
   """
   rows = rows_before_text(prompt)
-  folder = pathlib.Path(folder)
   check_replaceable(folder)
   config = {'base_model_name_or_path': base_name, 'inference_mode': True,
             'num_transformer_submodules': 1, 'num_virtual_tokens': len(rows), 'peft_type': KIND,

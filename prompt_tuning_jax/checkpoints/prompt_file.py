@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 import prompt_tuning_jax
+from prompt_tuning_jax import cloud_storage
 from prompt_tuning_jax.checkpoints import safetensors_file
 from prompt_tuning_jax.checkpoints.atomic_write import atomic_file
 
@@ -93,7 +94,7 @@ def load(path: str | os.PathLike) -> PromptFile:
   Raises a one-line ValueError for any other.
   """
   from prompt_tuning_jax.checkpoints import peft_adapter  # which makes a PromptFile itself
-  path = os.fspath(path)
+  path = cloud_storage.fetch(path)
   is_peft = peft_adapter.is_folder(path)
   if os.path.isdir(path) and not is_peft:
     inside = sorted(name for name in os.listdir(path) if name.endswith('.safetensors'))
@@ -130,6 +131,7 @@ def in_folder(folder: str | os.PathLike) -> dict[str, str]:
   Raises ValueError where there is none, or two of one name.
   """
   from prompt_tuning_jax.checkpoints import peft_adapter
+  folder = cloud_storage.fetch(folder)
   if not os.path.isdir(folder):
     raise ValueError(f'There is no folder of prompts {folder}.')
   found = {}

@@ -5,7 +5,9 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
+from prompt_tuning_jax import cloud_storage
 from prompt_tuning_jax.types import PyTree
 
 
@@ -19,7 +21,7 @@ class TrainingStates:
   def __init__(self, folder: pathlib.Path, keep: int = 2):
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True,
                                            enable_async_checkpointing=True)
-    self._manager = ocp.CheckpointManager(folder.absolute(), options=options,
+    self._manager = ocp.CheckpointManager(_absolute(folder), options=options,
                                           item_names=('state', 'records'))
 
   def save(self, step: int, state: PyTree, records: dict[str, Any]) -> None:
@@ -57,3 +59,7 @@ class TrainingStates:
     """Waits, and frees what the manager holds."""
     self.wait()
     self._manager.close()
+
+
+def _absolute(folder: pathlib.Path | epath.Path) -> epath.Path:
+  return epath.Path(folder if cloud_storage.is_remote(folder) else folder.absolute())

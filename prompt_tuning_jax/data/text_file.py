@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from prompt_tuning_jax import cloud_storage
 from prompt_tuning_jax.data.token_cache import CacheWriter
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class TextFile:
       if path:
         object.__setattr__(self, field, str(path))  # A path object is as good.
         _format(str(path))
-        if not pathlib.Path(path).expanduser().is_file():
+        if not _local(path).is_file():
           raise ValueError(f'There is no file {path}.')
     if isinstance(self.labels, str):
       raise ValueError(f'labels must be a list of texts, got the text {self.labels!r}.')
@@ -243,7 +244,7 @@ def _lines(path: str, file: BinaryIO | None = None) -> Iterator[str]:
   number = 0
   try:
     with contextlib.ExitStack() as stack:
-      file = file or stack.enter_context(open(pathlib.Path(path).expanduser(), 'rb'))
+      file = file or stack.enter_context(open(_local(path), 'rb'))
       lines = gzip.GzipFile(fileobj=file) if path.endswith('.gz') else file
       for number, line in enumerate(lines, 1):
         yield line.decode('utf-8-sig' if number == 1 else 'utf-8')
@@ -323,6 +324,10 @@ def _check_labels(labels: Sequence[str], vocabulary, length: int) -> None:
                      'rename one.')
 
 
+def _local(path: str) -> pathlib.Path:
+  return pathlib.Path(cloud_storage.fetch(path)).expanduser()
+
+
 def _fingerprint(path: str) -> str:
-  with open(pathlib.Path(path).expanduser(), 'rb') as file:
+  with open(_local(path), 'rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()

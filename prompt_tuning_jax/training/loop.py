@@ -138,8 +138,8 @@ def _save_all(state: TrainState, states: TrainingStates, records: Records, save:
   _check_divergence(state, save)
   records.seconds = time.monotonic() - began
   records.peak_bytes = max(records.peak_bytes, report.peak_memory()['peak_bytes'])
+  save('last', state.trainable)  # first: a state that is whole has its files beside it
   states.save(int(state.step), state, dataclasses.asdict(records))
-  save('last', state.trainable)
 
 
 def _due(step: int, period: int) -> bool:

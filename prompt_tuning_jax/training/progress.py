@@ -5,7 +5,7 @@ import logging
 import math
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -17,11 +17,12 @@ class Progress:
   """Writes each report to every place at once; a resumed run goes on in the same files.
 
   `first_step` is where this run (re)starts: lines of later steps, left by a killed process, are
-  taken out, so that metrics.jsonl holds every step once. `config` is kept as config.gin.
+  taken out, so that metrics.jsonl holds every step once. `config` is kept as config.gin. `push` is
+  called after each report, with False for those of training: see `cloud_storage.Mirror`.
   """
 
   def __init__(self, folder: pathlib.Path, total_steps: int, first_step: int = 0,
-               config: str | None = None):
+               config: str | None = None, push: Callable[[bool], None] = lambda soon: None):
     if config is not None:
       (folder / 'config.gin').write_text(config, encoding='utf-8')
     self._path = folder / 'metrics.jsonl'
@@ -31,7 +32,7 @@ class Progress:
     self._events_file = (folder / name).open('wb')
     self._events = RecordWriter(self._events_file)
     self._event(event_pb2.Event(wall_time=time.time(), file_version='brain.Event:2'))
-    self._folder, self._total_steps = folder, total_steps
+    self._folder, self._total_steps, self._push = folder, total_steps, push
     self._last_step, self._last_time = first_step, time.monotonic()
 
   def _drop_after(self, step: int) -> None:
@@ -72,6 +73,7 @@ class Progress:
     self._last_step, self._last_time = step, now
     values = {**values, 'examples_per_second': rate * examples_per_batch}
     self.report(step, 'train', task, values)
+    self._push(False)
     logger.info('step %d/%d  loss %.4f  %.1f examples/s  ETA %s', step, self._total_steps,
                 values['loss'], values['examples_per_second'],
                 _clock((self._total_steps - step) / rate if rate > 0 else math.inf))
@@ -80,6 +82,7 @@ class Progress:
                         best: bool) -> None:
     """Reports an evaluation; its time does not count against examples/s."""
     self.report(step, 'validation', task, values)
+    self._push(True)
     shown = '  '.join(f'{name} {value:.4g}' for name, value in values.items())
     logger.info('step %d/%d  validation: %s%s', step, self._total_steps, shown,
                 '  (best so far)' if best else '')

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prompt_tuning_jax import param_paths, predictor
+from prompt_tuning_jax import cloud_storage, param_paths, predictor
 from prompt_tuning_jax.checkpoints import atomic_write, base_checkpoint, prompt_file
 from prompt_tuning_jax.checkpoints.base_checkpoint import Base
 from prompt_tuning_jax.checkpoints.training_state import TrainingStates
@@ -95,26 +95,26 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
   evaluator = evaluate.evaluator(
       *_evaluated(predictor, tasks, virtual, opened, eval_subset) if eval_period else ((), ()),
       metric, max_eval_examples, rank_labels)
-  folder = pathlib.Path(model_dir).expanduser()
+  mirror = cloud_storage.Mirror(model_dir)
   state = _place(train_state.create(trainable, optimizer), partitioner)
-  with contextlib.closing(TrainingStates(folder / 'checkpoints')) as states:
+  with contextlib.closing(TrainingStates(mirror.place / 'checkpoints')) as states:
     state, records = _restore(states, state, {
         'base': base.fingerprint, 'task': tasks.name, 'method': methods.description(method),
         'vocabulary': words.sha256, 'lengths': lengths, 'batch_size': batch_size, 'seed': seed,
         'batching': source.description, 'metric': evaluator and evaluator.metric,
         'evaluated': evaluator and evaluator.part})
-    progress = Progress(folder, train_steps, int(state.step), config_text)
+    progress = Progress(mirror.folder, train_steps, int(state.step), config_text, mirror.push)
     put = lambda step: partitioner.put_batch(source.batch_at(step))
     with contextlib.closing(progress), contextlib.closing(Prefetch(put, int(state.step))) as feed:
       state = loop.train(
           state, frozen, feed,
           make_train_step(model, optimizer, seed, z_loss, label_smoothing, num_microbatches),
           evaluate=evaluator and (lambda trained: evaluator(combined(trained, frozen))),
-          save=_saver(method, folder / 'prompts', base, tasks, evaluator, records), states=states,
+          save=_saver(method, mirror, base, tasks, evaluator, records), states=states,
           progress=progress, records=records, task=tasks.name, per_batch=source.examples_per_batch,
           schedule=loop.Schedule(train_steps, eval_period, save_period, log_period, patience))
   progress.plot()
-  return _report(folder, report.sizes(state, frozen), records, evaluator, int(state.step))
+  return _report(mirror, report.sizes(state, frozen), records, evaluator, int(state.step))
 
 
 def evaluate_ensemble(files: Mapping[str, str], folder: pathlib.Path, *, task: Any,
@@ -203,8 +203,10 @@ def _check(lengths: Mapping[str, int], model_dir: str, dropout_rate: float,
   if jax.process_count() > 1:
     raise ValueError('Training in several processes is not supported yet: start one, which uses '
                      'all of its devices.')
-  if not isinstance(model_dir, str) or '://' in model_dir:
-    raise ValueError(f'MODEL_DIR must be a local folder, got {model_dir!r}.')
+  if not isinstance(model_dir, str) or (
+      '://' in model_dir and not cloud_storage.is_remote(model_dir)):
+    raise ValueError('MODEL_DIR must be a folder of this machine or gs://BUCKET/FOLDER, got '
+                     f'{model_dir!r}.')
   if not isinstance(lengths, Mapping) or set(lengths) != {'inputs', 'targets'} or not all(
       type(length) is int and length > 1 for length in lengths.values()):
     raise ValueError("TASK_FEATURE_LENGTHS should be such as {'inputs': 512, 'targets': 32}, got "
@@ -269,9 +271,10 @@ def _restore(states: TrainingStates, state: train_state.TrainState, run: dict[st
   return state, records
 
 
-def _saver(method, folder: pathlib.Path, base: Base, tasks: mixture.Mixture, evaluator,
+def _saver(method, mirror: cloud_storage.Mirror, base: Base, tasks: mixture.Mixture, evaluator,
            records: loop.Records):
   """save(name, trained): writes the trained leaves and what they belong to."""
+  folder = mirror.folder / 'prompts'
   for name in ('best', 'last'):
     atomic_write.recover(folder / name)
 
@@ -288,23 +291,25 @@ def _saver(method, folder: pathlib.Path, base: Base, tasks: mixture.Mixture, eva
     elif evaluator:
       about['labels'] = evaluator.labels
     method.save(folder / name, trained, base, about)
+    mirror.push()
 
   return save
 
 
-def _report(folder: pathlib.Path, sizes: Mapping[str, Any], records: loop.Records, evaluator,
-            steps: int) -> dict[str, Any]:
+def _report(mirror: cloud_storage.Mirror, sizes: Mapping[str, Any], records: loop.Records,
+            evaluator, steps: int) -> dict[str, Any]:
   """Writes and tells what the run cost and gave, all restarts together."""
   name = 'last' if records.best_value is None else 'best'
-  kept = next((folder / 'prompts').glob(f'{name}*'))
+  kept = next((mirror.folder / 'prompts').glob(f'{name}*'))
   result = {
-      'prompt': str(kept), 'metric': evaluator and evaluator.metric,
+      'prompt': mirror.name(kept), 'metric': evaluator and evaluator.metric,
       'best_value': records.best_value, 'best_step': records.best_step, 'steps': steps,
       'stopped': records.stopped,
       'seconds_to_best': records.best_seconds, 'seconds': records.seconds,
       'saved_bytes': report.saved_bytes(kept), 'saved_parameters': report.saved_parameters(kept),
       **sizes, **report.peak_memory(), 'peak_bytes': records.peak_bytes}
-  report.write(folder, result)
+  report.write(mirror.folder, result)
+  mirror.push()
   if evaluator and records.best_value is not None:
     majority = evaluator.majority().get(evaluator.metric)
     against = '' if majority is None else f' (always the most frequent answer: {majority:.4g})'
@@ -315,5 +320,5 @@ def _report(folder: pathlib.Path, sizes: Mapping[str, Any], records: loop.Record
               sizes['trainable_percent'], f'{result["saved_parameters"]:,}',
               f'{result["saved_bytes"]:,}',
               result['peak_bytes'] / 1e9, result['peak_of'], records.seconds)
-  logger.info('The trained prompt: %s', kept)
+  logger.info('The trained prompt: %s', result['prompt'])
   return result
