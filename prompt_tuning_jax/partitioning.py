@@ -15,6 +15,8 @@ What trains beside the base, a prompt's few rows, is whole on every device.
 
 import dataclasses
 import functools
+import math
+import re
 from collections.abc import Callable, Mapping
 
 import jax
@@ -33,6 +35,11 @@ STANDARD_RULES = (
     ('mlp', 'model'),
 )
 KEPT_IN_PARTS = (('embed', 'data'),)  # of weights between their uses, with `fully_sharded`
+# A line of HLO such as `%x = (f32[20,256]{1,0}, f32[]) all-reduce(…)`; of a kind that starts and is
+# done elsewhere, the latter.
+_COLLECTIVE = re.compile(r'= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|'
+                         r'collective-permute|collective-broadcast)(?:-done)?\(')
+_ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,3 +146,22 @@ def _is_no_gathering(primitive, *_, **__) -> bool:
   next to nothing to be done again.
   """
   return primitive.name not in ('sharding_constraint', 'convert_element_type')
+
+
+def collectives(program: str) -> dict[str, int]:
+  """{kind: bytes} that devices give each other in a compiled program, of its text (`as_text()`).
+
+  The bytes are those of the results on one device, such as the sum of an all-reduce or the whole
+  of an all-gather. What stands in a loop counts once.
+  """
+  bits = {}
+  for shapes, kind in _COLLECTIVE.findall(program):
+    bits[kind] = bits.get(kind, 0) + sum(
+        math.prod(map(int, filter(None, sizes.split(',')))) * _bits(name)
+        for name, sizes in _ARRAY.findall(shapes))
+  return {kind: count // 8 for kind, count in sorted(bits.items())}
+
+
+def _bits(name: str) -> int:
+  """Of one number of a type as HLO names it: f32, bf16, s32, pred."""
+  return 8 if name == 'pred' else int(re.search(r'\d+', name)[0])

@@ -85,12 +85,19 @@ def load_base(name_or_folder: str | os.PathLike, *, config: Any = None,
   return Base(_short_name(folder), config, params, vocabulary, fingerprint(params))
 
 
-def random_base(config: Any, vocabulary_file: str, seed: int = 0) -> Base:
-  """A base of random float32 weights, T5X's initialisation: where pretraining starts."""
+def random_base(config: Any, vocabulary_file: str, seed: int = 0,
+                sharding_for: ShardingFor | None = None) -> Base:
+  """A base of random float32 weights, T5X's initialisation: where pretraining starts.
+
+  `sharding_for` is as of `load_base`; the numbers do not depend on it.
+  """
   vocabulary = _vocabulary('', vocabulary_file)
   _check_size('to be', config, vocabulary)
   token = jnp.ones((1, 1), jnp.int32)
-  init = jax.jit(lambda key: config.network().init(key, token, token, token)['params'])
+  shardings = sharding_for and param_paths.unflatten(
+      {path: sharding_for(path, spec.shape) for path, spec in parameter_specs(config).items()})
+  init = jax.jit(lambda key: config.network().init(key, token, token, token)['params'],
+                 out_shardings=shardings)
   params = init(jax.random.key(seed))
   return Base('random', config, params, vocabulary, fingerprint(params))
 

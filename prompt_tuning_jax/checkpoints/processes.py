@@ -23,8 +23,8 @@ def is_first() -> bool:
 
 def wait(name: str) -> None:
   """Waits until every process is here. A process that dies meanwhile ends the wait."""
-  # Not by devices: theirs (Gloo's) wait for half a minute only.
-  ocp.multihost.sync_global_processes(name, timeout=PATIENCE)
+  # Not by a computation of all devices: Gloo's wait for half a minute only.
+  ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * PATIENCE)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from prompt_tuning_jax.checkpoints import processes
 from prompt_tuning_jax.data.token_cache import TokenCache
 from prompt_tuning_jax.predictor import Predictor
 from prompt_tuning_jax.prompt_bank import PromptBank
@@ -34,6 +35,14 @@ class Evaluation:
     """The same, larger being better."""
     smaller = self.metric.rpartition('/')[2] in SMALLER_IS_BETTER  # 'TASK/loss' in a mixture
     return -self.value if smaller else self.value
+
+
+def alike(evaluation: Evaluation) -> Evaluation:
+  """The first process's evaluation in every one, so that all decide alike what follows.
+
+  They have the same answers, but a metric may draw at random.
+  """
+  return dataclasses.replace(evaluation, values=processes.of_the_first(evaluation.values))
 
 
 def check_labelled(cache: TokenCache) -> None:
