@@ -35,7 +35,7 @@ setup(
     + ['prompt_tuning_jax.tasks', 'prompt_tuning_jax.gin'],
     package_dir={'prompt_tuning_jax.tasks': 'tasks', 'prompt_tuning_jax.gin': 'gin'},
     package_data={
-        'prompt_tuning_jax': ['bases/**/*', 'serving/*.html'],
+        'prompt_tuning_jax': ['bases/**/*', 'serving/*.html', 'analysis/*.html'],
         'prompt_tuning_jax.gin': ['**/*.gin'],
     },
     install_requires=[

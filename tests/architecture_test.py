@@ -19,12 +19,12 @@ FLOORS = (
      'ranking'},
     {'prompted_model', 'methods', 'data', 'checkpoints'},
     {'prompt_bank', 'jsonl'},
-    {'predictor'},
-    {'training', 'prompted_base', 'serving', 'analysis', 't5x_bridge'},
+    {'predictor', 'analysis'},
+    {'training', 'prompted_base', 'serving', 't5x_bridge'},
     {'launch'},
     {'verb'},
     {'train', 'train_ensemble', 'train_vocabulary', 'eval', 'infer', 'score', 'serve', 'export',
-     'similarity'},
+     'similarity', 'inspect'},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TENSORFLOW = {'tensorflow', 'tensorflow_text', 'tensorflow_datasets', 'seqio', 't5', 'clu'}
