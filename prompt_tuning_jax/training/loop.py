@@ -164,11 +164,11 @@ def _check_divergence(state: TrainState, save: Callable) -> None:
 
 @contextlib.contextmanager
 def _stop_requested() -> Iterator[threading.Event]:
-  """SIGTERM and SIGINT ask for a clean stop after the current step; a second one interrupts."""
+  """SIGTERM and SIGINT ask for a stop after the current step; a second SIGINT interrupts."""
   stop = threading.Event()
 
-  def ask(*_):
-    if stop.is_set():
+  def ask(number, _):
+    if stop.is_set() and number == signal.SIGINT:
       raise KeyboardInterrupt
     stop.set()
 
