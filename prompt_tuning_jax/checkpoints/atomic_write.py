@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import shutil
@@ -10,6 +11,19 @@ from collections.abc import Iterator
 from prompt_tuning_jax import cloud_storage
 
 Path = str | os.PathLike
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES,
+               errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+
+
+@contextlib.contextmanager
+def told(path: Path) -> Iterator[None]:
+  """Where a disk is full or refuses to be written, raises ValueError in one line."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno not in OF_THE_DISK:
+      raise
+    raise ValueError(f'{path} cannot be written: {error.strerror}.') from error
 
 
 @contextlib.contextmanager
@@ -17,7 +31,7 @@ def atomic_file(path: Path) -> Iterator[pathlib.Path]:
   """Gives a temporary sibling to write; on success it replaces `path`, on an error it goes.
 
   A link stays, the file it names is replaced. What is no regular file, such as /dev/stdout, is
-  given itself.
+  given itself. Raises ValueError where it cannot be written; then `path` is as it was.
   """
   if cloud_storage.is_remote(path):
     with cloud_storage.new_file(path) as made:
@@ -28,15 +42,16 @@ def atomic_file(path: Path) -> Iterator[pathlib.Path]:
     yield path
     return
   path = path.resolve()
-  path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  try:
-    yield temporary
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)
-  finally:
-    temporary.unlink(missing_ok=True)
+  with told(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      yield temporary
+      sync(temporary)
+      os.replace(temporary, path)
+      sync(path.parent)
+    finally:
+      temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -45,7 +60,7 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[pathlib.Path]:
 
   Raises ValueError if `path` exists and is not an empty folder, unless told to `replace` it: then
   the old folder steps aside for the instant between two renames. In a bucket, files come one
-  after another.
+  after another. Also where it cannot be written.
   """
   if cloud_storage.is_remote(path):
     with cloud_storage.new_folder(path, replace) as made:
@@ -54,23 +69,24 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[pathlib.Path]:
   path = pathlib.Path(path)
   if path.exists() and not path.is_dir() or not replace and path.is_dir() and any(path.iterdir()):
     raise ValueError(f'{path} exists already: delete it or write to another folder.')
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = pathlib.Path(tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent))
-  try:
-    temporary.chmod(0o777 & ~_umask())
-    yield temporary
-    for file in temporary.rglob('*'):
-      sync(file)
-    if replace and path.exists():
-      old = temporary.with_name(temporary.name + '.old')
-      os.replace(path, old)
-      os.replace(temporary, path)
-      shutil.rmtree(old)
-    else:
-      os.replace(temporary, path)
-    sync(path.parent)
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
+  with told(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent))
+    try:
+      temporary.chmod(0o777 & ~_umask())
+      yield temporary
+      for file in temporary.rglob('*'):
+        sync(file)
+      if replace and path.exists():
+        old = temporary.with_name(temporary.name + '.old')
+        os.replace(path, old)
+        os.replace(temporary, path)
+        shutil.rmtree(old)
+      else:
+        os.replace(temporary, path)
+      sync(path.parent)
+    finally:
+      shutil.rmtree(temporary, ignore_errors=True)
 
 
 def recover(path: Path):

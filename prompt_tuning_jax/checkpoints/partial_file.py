@@ -7,7 +7,6 @@ is cut off: a kill at any moment, or a power cut, costs one part at most.
 """
 
 import contextlib
-import fcntl
 import io
 import json
 import logging
@@ -17,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prompt_tuning_jax.checkpoints.atomic_write import sync
+from prompt_tuning_jax.checkpoints.file_lock import locked
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ class PartialFile:
     self._target, self._path = pathlib.Path(target).resolve(), beside(target)
     self._path.parent.mkdir(parents=True, exist_ok=True)
     # The journal is the first file to appear and the last to go: so it holds the lock.
-    self._journal = _locked(pathlib.Path(f'{self._path}.json'))
+    self._journal = locked(pathlib.Path(f'{self._path}.json'), 'Another process is writing '
+                           f'{self._path}: wait for it, or name another target.')
     self._file = open(self._path, 'ab+', buffering=0)
     self._old = open(self._journal.name, 'rb')
     self._header = _line(version=VERSION, settings=settings)
@@ -156,24 +157,6 @@ class Stream:
 
   def finish(self) -> None:
     """Nothing is left to do."""
-
-
-def _locked(path: pathlib.Path) -> io.FileIO:
-  """The file, locked until it is closed. A killed process leaves no lock."""
-  while True:
-    file = open(path, 'ab+', buffering=0)
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      file.close()
-      raise ValueError(f'Another process is writing {path.with_suffix("")}: wait for it, or name '
-                       'another target.') from None
-    except OSError:
-      pass  # a file system without locks
-    with contextlib.suppress(FileNotFoundError):
-      if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-        return file
-    file.close()  # its owner deleted it after we opened it
 
 
 def _line(**fields: Any) -> bytes:

@@ -1,6 +1,11 @@
 """What resumes a run: step, trainable leaves, optimizer state and the host's records (orbax)."""
 
+import hashlib
+import json
+import logging
+import os
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -8,57 +13,165 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from prompt_tuning_jax import cloud_storage
+from prompt_tuning_jax.checkpoints import processes
 from prompt_tuning_jax.types import PyTree
+
+logger = logging.getLogger(__name__)
+ITEMS = ('state', 'records')
+SUMS = 'sums.json'  # in a state's folder: {file: [bytes, SHA-256]} of its items
+HASHED = 64 << 20  # bytes: of larger files the size alone is kept
 
 
 class TrainingStates:
   """The saved states of one run, in MODEL_DIR/checkpoints. The base is not among them.
 
   A save is written beside the others and renamed when whole, so a killed process leaves the
-  previous state as it was.
+  previous state as it was. It holds the checksums of its files; a state of an earlier version,
+  without them, is read all the same.
   """
 
-  def __init__(self, folder: pathlib.Path, keep: int = 2):
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True,
-                                           enable_async_checkpointing=True)
-    self._manager = ocp.CheckpointManager(_absolute(folder), options=options,
-                                          item_names=('state', 'records'))
+  def __init__(self, folder: pathlib.Path | epath.Path, keep: int = 2):
+    self._folder = _absolute(folder)
+    # Of a failed save orbax also writes pages to the log, from every thread.
+    logging.getLogger('absl').setLevel(logging.CRITICAL)
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=True, cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
+        async_options=ocp.AsyncOptions(post_finalization_callback=self._add_sums))
+    try:
+      self._manager = ocp.CheckpointManager(self._folder, options=options,
+                                            item_names=ITEMS)
+    except OSError as error:
+      raise ValueError(f'{folder} cannot be written: {error.strerror}.') from error
 
   def save(self, step: int, state: PyTree, records: dict[str, Any]) -> None:
-    """Starts a save; arrays are copied off the device before this returns."""
-    if self._manager.latest_step() == step:
-      return
-    self._manager.save(step, args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), records=ocp.args.JsonSave(records)))
-
-  def restore_latest(self, like: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
-    """(state, records) of the newest save, of the shapes and shardings of `like`; None if none.
+    """Starts a save; arrays are copied off the device before this returns.
 
     Raises:
-      ValueError: the newest save does not fit `like` or cannot be read.
+      ValueError: this save or the one before could not be written. The last whole one stays.
     """
-    step = self._manager.latest_step()
-    if step is None:
-      return None
+    if self._manager.latest_step() == step:
+      return
+    try:
+      self._manager.save(step, args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state), records=ocp.args.JsonSave(records)))
+    except Exception as error:  # of many kinds: of the disk, of tensorstore
+      raise ValueError(self._not_saved(error)) from error
+
+  def restore_latest(self, like: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
+    """(state, records) of the newest whole save, of the shapes and shardings of `like`.
+
+    A save whose files are not what was written is passed over, with a warning, for the one before,
+    and set aside as STEP.damaged. None if there is no save.
+
+    Raises:
+      ValueError: the save does not fit `like`, or none is whole.
+    """
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    damaged = {}
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      problem = _damage(self._folder / str(step))
+      if problem:
+        damaged[step] = f'{self._folder / str(step)} is damaged: {problem}.'
+        continue
+      for told in damaged.values():
+        logger.warning('%s Going back to the state of step %d.', told, step)
+      restored = self._restore(step, shapes)
+      self._set_aside(damaged)
+      return restored
+    if damaged:
+      raise ValueError(f'{" ".join(damaged.values())} There is no other saved state: remove '
+                       f'{self._folder} to start over.')
+    return None
+
+  def _restore(self, step: int, shapes: PyTree) -> tuple[PyTree, dict[str, Any]]:
     try:
       restored = self._manager.restore(step, args=ocp.args.Composite(
           state=ocp.args.StandardRestore(shapes), records=ocp.args.JsonRestore()))
     except Exception as error:
       raise ValueError(
-          f'The saved state {self._manager.directory / str(step)} cannot be resumed: '
+          f'The saved state {self._folder / str(step)} cannot be resumed: '
           f'{str(error).splitlines()[0]} If the method, length or optimizer changed, choose '
           'another MODEL_DIR; if the files are damaged, remove that folder.') from error
     return restored.state, restored.records
 
+  def _set_aside(self, steps: dict[int, str]) -> None:
+    """Makes room for states of the same steps."""
+    if not steps:
+      return
+    if processes.is_first():
+      for step in steps:
+        aside = self._folder / f'{step}.damaged'
+        if aside.exists():
+          aside.rmtree()
+        (self._folder / str(step)).rename(aside)
+    processes.wait('damaged states are set aside')
+    self._manager.reload()
+
+  def _add_sums(self) -> None:
+    """Adds its checksums to a state that is written and not yet renamed."""
+    if not processes.is_first():
+      return
+    for folder in self._folder.glob('*-tmp'):
+      sums = {name: _sum(folder / name) for name in _files(folder)}
+      (folder / SUMS).write_text(json.dumps(sums))
+
+  def check(self) -> None:
+    """Raises ValueError if a save has failed meanwhile."""
+    try:
+      self._manager.check_for_errors()
+    except Exception as error:
+      raise ValueError(self._not_saved(error)) from error
+
   def wait(self) -> None:
-    """Waits until every save is on disk."""
-    self._manager.wait_until_finished()
+    """Waits until every save is on disk; ValueError if one could not be written."""
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      raise ValueError(self._not_saved(error)) from error
 
   def close(self) -> None:
     """Waits, and frees what the manager holds."""
-    self.wait()
-    self._manager.close()
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+
+  def _not_saved(self, error: Exception) -> str:
+    number = getattr(error, 'errno', None) or next(
+        iter(re.findall(r"os_error_code='(\d+)'", str(error))), None)  # as tensorstore tells it
+    reason = os.strerror(int(number)) if number else (str(error).splitlines() or [repr(error)])[0]
+    last = max(self._manager.all_steps(), default=None)
+    kept = 'no state' if last is None else f'the state of step {last}'
+    return (f'{self._folder} cannot be written: {reason}. It holds {kept}: once it can be written, '
+            'the same command goes on from there.')
+
+
+def _damage(folder: epath.Path) -> str | None:
+  """How a state's files differ from what was written, or None; also if there are no checksums."""
+  try:
+    sums = json.loads((folder / SUMS).read_text())
+    for name, expected in sums.items():
+      if not (folder / name).exists():
+        return f'{name} is missing'
+      if _sum(folder / name) != expected:
+        return f'{name} is not what was written'
+  except FileNotFoundError:
+    return None
+  except (ValueError, AttributeError):
+    return f'{SUMS} is not what was written'
+  return None
+
+
+def _sum(file: epath.Path) -> list:
+  size = file.stat().length
+  return [size, hashlib.sha256(file.read_bytes()).hexdigest() if size <= HASHED else None]
+
+
+def _files(folder: epath.Path) -> list[str]:
+  """The names of all files of a state's items, relative to its folder."""
+  return sorted(os.path.relpath(os.path.join(top, name), folder)
+                for item in ITEMS for top, _, files in (folder / item).walk() for name in files)
 
 
 def _absolute(folder: pathlib.Path | epath.Path) -> epath.Path:

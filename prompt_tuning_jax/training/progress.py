@@ -1,5 +1,6 @@
 """What a run reports: MODEL_DIR/metrics.jsonl, TensorBoard events, a progress line, curves.png."""
 
+import io
 import json
 import logging
 import math
@@ -9,6 +10,8 @@ from collections.abc import Callable, Mapping
 
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
+
+from prompt_tuning_jax.checkpoints.atomic_write import atomic_file, told
 
 logger = logging.getLogger(__name__)
 
@@ -24,14 +27,18 @@ class Progress:
   def __init__(self, folder: pathlib.Path, total_steps: int, first_step: int = 0,
                config: str | None = None, push: Callable[[bool], None] = lambda soon: None):
     if config is not None:
-      (folder / 'config.gin').write_text(config, encoding='utf-8')
+      with atomic_file(folder / 'config.gin') as temporary:
+        temporary.write_text(config, encoding='utf-8')
     self._path = folder / 'metrics.jsonl'
     self._drop_after(first_step)
-    self._lines = self._path.open('a', encoding='utf-8')
-    name = f'events.out.tfevents.{int(time.time())}.{first_step:08d}'
-    self._events_file = (folder / name).open('wb')
-    self._events = RecordWriter(self._events_file)
-    self._event(event_pb2.Event(wall_time=time.time(), file_version='brain.Event:2'))
+    with told(folder):
+      # Not buffered: after a full disk, there is nothing left that closing could fail to write.
+      self._lines = self._path.open('ab', buffering=0)
+      name = f'events.out.tfevents.{_after_all(folder)}.{first_step:08d}'
+      self._events = RecordWriter((folder / name).open('xb', buffering=0))
+      self._event(event_pb2.Event(wall_time=time.time(), file_version='brain.Event:2'))
+      restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+      self._event(event_pb2.Event(wall_time=time.time(), step=first_step + 1, session_log=restart))
     self._folder, self._total_steps, self._push = folder, total_steps, push
     self._last_step, self._last_time = first_step, time.monotonic()
 
@@ -39,15 +46,14 @@ class Progress:
     if not self._path.exists():
       return
     kept = []
-    for line in self._path.read_text(encoding='utf-8').splitlines():
+    for line in self._path.read_text(encoding='utf-8', errors='replace').splitlines():
       try:
         if json.loads(line)['step'] <= step:
           kept.append(line + '\n')
-      except (json.JSONDecodeError, KeyError):
+      except (ValueError, KeyError, TypeError):
         logger.warning('Dropped a broken line of %s.', self._path)
-    temporary = self._path.with_suffix('.tmp')
-    temporary.write_text(''.join(kept), encoding='utf-8')
-    temporary.replace(self._path)
+    with atomic_file(self._path) as temporary:
+      temporary.write_text(''.join(kept), encoding='utf-8')
 
   def _event(self, event: event_pb2.Event) -> None:
     self._events.write(event.SerializeToString())
@@ -57,13 +63,12 @@ class Progress:
     values = {name: float(value) for name, value in values.items()}
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
     line = {'step': step, 'split': split, 'task': task, **finite}
-    self._lines.write(json.dumps(line) + '\n')
-    self._lines.flush()
     summary = summary_pb2.Summary(value=[
         summary_pb2.Summary.Value(tag=f'{split}/{name}', simple_value=value)
         for name, value in values.items()])
-    self._event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
-    self._events.flush()
+    with told(self._path.parent):
+      _append(self._lines, (json.dumps(line) + '\n').encode())
+      self._event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
 
   def report_training(self, step: int, task: str, values: Mapping[str, float],
                       examples_per_batch: float) -> None:
@@ -108,13 +113,33 @@ class Progress:
       axis.set(title=name, xlabel='step')
       axis.legend()
     figure.tight_layout()
-    figure.savefig(self._folder / 'curves.png', dpi=100)
+    with atomic_file(self._folder / 'curves.png') as temporary:
+      figure.savefig(temporary, dpi=100, format='png')
     pyplot.close(figure)
 
   def close(self) -> None:
     """Closes the files."""
     self._lines.close()
     self._events.close()
+
+
+class Unwritten:
+  """What a process reports that is not the first of a run: nothing."""
+
+  report_training = report_evaluation = close = lambda self, *_: None
+
+
+def _after_all(folder: pathlib.Path) -> int:
+  """The time in seconds, or later: TensorBoard reads event files in the order of their names."""
+  there = [int(name.split('.')[3]) for path in folder.glob('events.out.tfevents.*.*')
+           if (name := path.name).split('.')[3].isdecimal()]
+  return max([int(time.time()), *(second + 1 for second in there)])
+
+
+def _append(file: io.FileIO, line: bytes) -> None:
+  """Writes all of a line: a nearly full disk takes a piece before it refuses the rest."""
+  while line:
+    line = line[file.write(line):]
 
 
 def _clock(seconds: float) -> str:

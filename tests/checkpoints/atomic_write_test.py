@@ -1,5 +1,7 @@
 """A killed process leaves the old folder or the new one, and nothing else once it has restarted."""
 
+import pytest
+
 from prompt_tuning_jax.checkpoints import atomic_write
 
 
@@ -25,3 +27,18 @@ def test_what_is_whole_stays_and_leftovers_go(tmp_path):
   atomic_write.recover(tmp_path / 'best')
   assert sorted(path.name for path in tmp_path.iterdir()) == ['.best.safetensors.12.tmp', 'best']
   assert (tmp_path / 'best' / 'weights').read_text() == 'best'
+
+
+@pytest.mark.parametrize('write', [atomic_write.atomic_file, atomic_write.atomic_folder])
+def test_a_disk_that_refuses_is_told_in_one_line_and_nothing_changes(tmp_path, write):
+  (tmp_path / 'file').write_text('old')
+  with pytest.raises(ValueError, match='cannot be written: '):
+    with write(tmp_path / 'file' / 'inside'):
+      pass
+  with pytest.raises(ValueError, match='cannot be written: No space left on device'):
+    with write(tmp_path / 'target'), open('/dev/full', 'wb', buffering=0) as full:
+      full.write(b'x')
+  with pytest.raises(FileNotFoundError):  # of what was to be read: not ours to explain
+    with write(tmp_path / 'target'):
+      open(tmp_path / 'absent')
+  assert [path.name for path in tmp_path.iterdir()] == ['file']

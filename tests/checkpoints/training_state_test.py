@@ -1,0 +1,134 @@
+"""A saved state is what was saved, or is passed over: whatever happens to its files."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prompt_tuning_jax import optimizers
+from prompt_tuning_jax.checkpoints.training_state import TrainingStates
+from prompt_tuning_jax.training import state as train_state
+
+DAMAGES = {
+    'deleted': lambda path, data: path.unlink(),
+    'cut': lambda path, data: path.write_bytes(data[:len(data) // 2]),
+    'emptied': lambda path, data: path.write_bytes(b''),
+    'a bit flipped': lambda path, data: path.write_bytes(
+        data[:len(data) // 2] + bytes([data[len(data) // 2] ^ 16]) + data[len(data) // 2 + 1:])}
+
+
+def state(step, length=6, optimizer=None):
+  """A state of random numbers that differ from step to step."""
+  made = train_state.create({'prompt': {'embedding': jnp.zeros((length, 64))}},
+                            optimizer or optimizers.adafactor(0.3))
+  rng = np.random.default_rng(step)
+  return jax.tree.map(lambda leaf: jnp.asarray(
+      step if leaf.ndim == 0 else rng.normal(size=leaf.shape), leaf.dtype), made)
+
+
+def assert_equal(restored, step):
+  tree, records = restored
+  jax.tree.map(np.testing.assert_array_equal, tree, state(step))
+  assert records == {'at': step}
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+  """A folder with the states of steps 4 and 8."""
+  folder = tmp_path_factory.mktemp('states')
+  states = TrainingStates(folder)
+  for step in (4, 8):
+    states.save(step, state(step), {'at': step})
+    states.wait()
+  states.close()
+  return folder
+
+
+def copied(saved, tmp_path):
+  folder = tmp_path / 'states'
+  shutil.copytree(saved, folder)
+  return folder
+
+
+def resumed(folder, like=None):
+  states = TrainingStates(folder)
+  try:
+    return states.restore_latest(like or state(0))
+  finally:
+    states.close()
+
+
+def test_the_newest_state_comes_back_bit_for_bit(saved):
+  assert_equal(resumed(saved), 8)
+  assert sorted(path.name for path in saved.iterdir()) == ['4', '8']
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_a_damaged_file_is_told_and_the_state_before_is_taken(saved, tmp_path, caplog, damage):
+  files = [path.relative_to(saved) for path in sorted((saved / '8').rglob('*')) if path.is_file()]
+  assert len(files) > 10
+  for file in files:
+    folder = tmp_path / 'states'
+    shutil.copytree(saved, folder)
+    caplog.clear()
+    DAMAGES[damage](folder / file, (folder / file).read_bytes())
+    restored = resumed(folder)
+    if any(part in ('state', 'records') for part in file.parts) or (
+        file.name == 'sums.json' and damage != 'deleted'):
+      assert_equal(restored, 4)
+      told = caplog.records[-1].getMessage()
+      assert str(folder / '8') in told and 'Going back to the state of step 4' in told
+      assert sorted(path.name for path in folder.iterdir()) == ['4', '8.damaged']
+    else:  # orbax's notes of when and how it was written
+      assert_equal(restored, 8)
+    shutil.rmtree(folder)
+
+
+def test_after_a_damaged_state_its_step_can_be_saved_again(saved, tmp_path):
+  folder = copied(saved, tmp_path)
+  shutil.rmtree(folder / '8' / 'state')
+  states = TrainingStates(folder)
+  assert_equal(states.restore_latest(state(0)), 4)
+  states.save(8, state(8), {'at': 8})
+  states.close()
+  assert_equal(resumed(folder), 8)
+  (folder / '8' / 'sums.json').write_text('{')  # a second time
+  assert_equal(resumed(folder), 4)
+
+
+def test_where_every_state_is_damaged_nothing_starts_over_by_itself(saved, tmp_path):
+  folder = copied(saved, tmp_path)
+  for step in ('4', '8'):
+    (folder / step / 'records' / 'metadata').unlink()
+  with pytest.raises(ValueError, match=r'4 is damaged.* There is no other saved state'):
+    resumed(folder)
+  assert sorted(path.name for path in folder.iterdir()) == ['4', '8']
+
+
+@pytest.mark.parametrize('like', [{'length': 7}, {'optimizer': optimizers.adamw()}])
+def test_other_settings_are_no_damage(saved, tmp_path, like):
+  folder = copied(saved, tmp_path)
+  with pytest.raises(ValueError, match='8 cannot be resumed: .* choose another MODEL_DIR'):
+    resumed(folder, state(0, **like))
+  assert sorted(path.name for path in folder.iterdir()) == ['4', '8']
+
+
+def test_a_state_of_an_earlier_version_has_no_checksums(saved, tmp_path):
+  folder = copied(saved, tmp_path)
+  (folder / '8' / 'sums.json').unlink()
+  assert_equal(resumed(folder), 8)
+
+
+def test_what_a_killed_save_left_goes(saved, tmp_path):
+  folder = copied(saved, tmp_path)
+  shutil.copytree(folder / '8', folder / '12.orbax-checkpoint-tmp')
+  assert_equal(resumed(folder), 8)
+  assert sorted(path.name for path in folder.iterdir()) == ['4', '8']
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ValueError, match='file/states cannot be written: Not a directory'):
+    TrainingStates(tmp_path / 'file' / 'states')
