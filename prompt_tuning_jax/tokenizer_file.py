@@ -35,14 +35,14 @@ class TokenizerFile:
   @functools.cached_property
   def contents(self) -> dict[str, bytes]:
     """The file's bytes, or both files', under the names that they have in a folder."""
-    content = _read(self.file)
+    content = read_bytes(self.file)
     value = _parsed(self.file, content)
     if isinstance(value.get('model'), dict):
       return {NAMES[0]: content}
     if not value or not all(type(number) is int for number in value.values()):
       raise ValueError(f'{self.file} is neither a tokenizer.json nor a vocab.json, which maps '
                        'tokens to ids: give the file that is beside the weights of the base.')
-    return {NAMES[1]: content, MERGES: _read(self._beside(MERGES))}
+    return {NAMES[1]: content, MERGES: read_bytes(self._beside(MERGES))}
 
   @functools.cached_property
   def sha256(self) -> str:
@@ -57,7 +57,11 @@ class TokenizerFile:
     value = _parsed(self.file, content)
     if name == NAMES[0]:
       return value
-    lines = self.contents[MERGES].decode('utf-8').split('\n')
+    try:
+      lines = self.contents[MERGES].decode('utf-8').split('\n')
+    except UnicodeDecodeError as error:
+      raise ValueError(f'{self._beside(MERGES)} is not UTF-8: {error.reason} at byte '
+                       f'{error.start}.') from None
     merges = [line.rstrip('\r').split(' ') for line in lines if not line.startswith('#version')]
     byte_level = {'type': 'ByteLevel', 'add_prefix_space': True, 'trim_offsets': True,
                   'use_regex': True}
@@ -90,7 +94,7 @@ class TokenizerFile:
     if given is None and (number := self._setting('config.json', 'eos_token_id')) is not None:
       given = next((token for token, i in self.ids.items() if i == number), None)
     end = given or END
-    if end not in self.ids:
+    if not isinstance(end, str) or end not in self.ids:
       raise ValueError(f'{self.file} has no token {end!r} to end a text with: name its own as '
                        f'"eos_token" in a {SETTINGS} beside it.')
     return end
@@ -105,7 +109,7 @@ class TokenizerFile:
 
   def _setting(self, name: str, key: str) -> Any:
     path = self._beside(name)
-    return _parsed(path, _read(path)).get(key) if epath.Path(path).exists() else None
+    return _parsed(path, read_bytes(path)).get(key) if epath.Path(path).exists() else None
 
 
 def is_tokenizer(file: str) -> bool:
@@ -113,7 +117,10 @@ def is_tokenizer(file: str) -> bool:
   return file.endswith(SUFFIX)
 
 
-def _read(path: str) -> bytes:
+def read_bytes(path: str) -> bytes:
+  """All of a vocabulary's file; ValueError for one that cannot be read, or is a pipe or device."""
+  if os.path.exists(path) and not os.path.isfile(path):
+    raise ValueError(f'Cannot read the vocabulary {path}: it is no file.')
   try:
     return epath.Path(path).read_bytes()
   except (OSError, NotImplementedError, ImportError) as error:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import sentencepiece
-from etils import epath
 
 from prompt_tuning_jax import tokenizer_file
 from prompt_tuning_jax.tokenizer_file import TokenizerFile
@@ -37,10 +36,7 @@ class VocabularyFile:
     """The SentencePiece file's bytes, read once; b'' for the byte vocabulary."""
     if self.file == BYTES:
       return b''
-    try:
-      return epath.Path(self.file).read_bytes()
-    except (OSError, NotImplementedError, ImportError) as error:
-      raise ValueError(f'Cannot read the vocabulary {self.file}: {error}.') from error
+    return tokenizer_file.read_bytes(self.file)
 
   @functools.cached_property
   def sha256(self) -> str:
@@ -108,6 +104,8 @@ def vocabulary_named(file: str) -> VocabularyFile:
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
   """A JSON object; raises a one-line ValueError for anything else."""
+  if path.exists() and not path.is_file():
+    raise ValueError(f'Cannot read {path}: it is no file.')
   try:
     value = json.loads(path.read_text(encoding='utf-8'))
   except OSError as error:

@@ -1,12 +1,14 @@
 """Files written part by part: after a kill, the next run goes on where the last one ended.
 
 TARGET.partial holds the parts so far. TARGET.partial.json has one line with the settings, then one
-line a part: its number of rows, the SHA-256 of what it was made from, and where it ends in
-TARGET.partial. A part counts once its line is on the disk, and what stands after the last such part
-is cut off: a kill at any moment, or a power cut, costs one part at most.
+line a part: its number of rows, the SHA-256 of what it was made from, where it ends in
+TARGET.partial, and the SHA-256 of what stands there. A part counts once its line is on the disk,
+and what stands after the last such part is cut off: a kill at any moment, or a power cut, costs one
+part at most.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -20,7 +22,7 @@ from prompt_tuning_jax.checkpoints.file_lock import locked
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # Of the journal, and of how parts are made.
+VERSION = 3  # Of the journal, and of how parts are made.
 
 
 def beside(target: str | os.PathLike) -> pathlib.Path:
@@ -82,7 +84,10 @@ class PartialFile:
       return False
     line = self._old.readline()
     end = _parsed(line).get('end')
-    if line != _line(rows=rows, sha256=sha256, end=end) or end > _size(self._file):
+    content = b''
+    if type(end) is int and self._size <= end <= _size(self._file):
+      content = os.pread(self._file.fileno(), end - self._size, self._size)
+    if line != self._part_line(rows, sha256, content):
       if line.endswith(b'\n'):
         logger.info('The rows after row %d are not those that were answered before.', self._rows)
       self._stop_resuming()
@@ -99,7 +104,7 @@ class PartialFile:
   def add(self, rows: int, sha256: str, content: bytes) -> None:
     """Writes a part, then the line that makes it count; ValueError if the disk is full."""
     size = self._size + len(content)
-    line = _line(rows=rows, sha256=sha256, end=size)
+    line = self._part_line(rows, sha256, content)
     if not self._journal_size:
       line = self._header + line
     try:
@@ -113,6 +118,11 @@ class PartialFile:
       raise ValueError(f'{self._path} cannot be written: {error.strerror}.') from error
     self._rows, self._size = self._rows + rows, size
     self._journal_size += len(line)
+
+  def _part_line(self, rows: int, sha256: str, content: bytes) -> bytes:
+    """The journal's line of the next part."""
+    return _line(rows=rows, sha256=sha256, end=self._size + len(content),
+                 content_sha256=hashlib.sha256(content).hexdigest())
 
   def _cut(self) -> None:
     """Cuts off, once, what does not count: its lines first, so that none outlives its part."""
@@ -167,7 +177,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
   """A line of the journal; {} for one that a kill or a power cut has broken."""
   try:
     value = json.loads(line)
-  except ValueError:
+  except (ValueError, RecursionError):
     return {}
   return value if isinstance(value, dict) else {}
 

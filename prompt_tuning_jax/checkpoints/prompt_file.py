@@ -161,7 +161,7 @@ def _load_numpy(path: str) -> np.ndarray:
   try:
     # Memory-mapped, so that a shape in the header is checked against the file's size.
     array = np.load(path, mmap_mode='r', allow_pickle=False)
-  except (ValueError, OSError, EOFError, TypeError, SyntaxError, OverflowError) as error:
+  except Exception as error:  # NumPy raises many kinds where it cannot parse a header
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise ValueError(f'{path} is not a .npy prompt: {reason.rstrip(".")}.') from None
   if not isinstance(array, np.ndarray):

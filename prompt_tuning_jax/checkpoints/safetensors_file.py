@@ -4,9 +4,9 @@ Read here as memory maps, so that a shard reads only its slice and a damaged fil
 tensors it lost; written tensor by tensor, so that a model is never held twice.
 
 Files written here hold checksums in their metadata, where other readers let them lie:
-`tensors_sha256`, a JSON object {tensor: SHA-256 of its bytes}, and `header_sha256`, of all else that
-the header says. They find what a disk or a copy has changed, not what somebody has changed with
-them.
+`tensors_sha256`, a JSON object {tensor: SHA-256 of its bytes}, and `header_sha256`, of all else
+that the header says. They find what a disk or a copy has changed, not what somebody has changed
+together with them.
 """
 
 import dataclasses

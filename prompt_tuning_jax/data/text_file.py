@@ -26,6 +26,7 @@ FORMATS = {'.jsonl': 'JSON', '.json': 'JSON', '.ndjson': 'JSON', '.csv': 'CSV', 
 MOST_LABELS = 20  # More different targets are texts, not labels.
 HOLD_OUT = 10  # One row in ten.
 BATCH = 1000  # Rows tokenised at a time.
+MOST_BYTES = 64 << 20  # of a line, or characters of a cell: what is longer is no text.
 VERSION = 1  # Of how rows become tokens; part of the cache's key.
 
 
@@ -203,7 +204,7 @@ def read_rows(path: str, otherwise: str | None = None, file: BinaryIO | None = N
     yield from _json_rows(path, lines)
     return
   options = {'strict': True} if kind == 'CSV' else {'delimiter': '\t', 'quoting': csv.QUOTE_NONE}
-  csv.field_size_limit(1 << 30)  # The module's own limit is 128 KiB, less than a long document.
+  csv.field_size_limit(MOST_BYTES)  # The module's own limit is 128 KiB, less than a long document.
   table = csv.reader(lines, **options)
   names = None
   while True:
@@ -246,7 +247,10 @@ def _lines(path: str, file: BinaryIO | None = None) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
       file = file or stack.enter_context(open(_local(path), 'rb'))
       lines = gzip.GzipFile(fileobj=file) if path.endswith('.gz') else file
-      for number, line in enumerate(lines, 1):
+      # Not `in lines`: a damaged file, or a small one that unpacks to a large one, may have no end.
+      for number, line in enumerate(iter(lambda: lines.readline(MOST_BYTES), b''), 1):
+        if len(line) == MOST_BYTES:
+          raise ValueError(f'{path}, line {number}: longer than {MOST_BYTES >> 20} MiB.')
         yield line.decode('utf-8-sig' if number == 1 else 'utf-8')
   except UnicodeDecodeError as error:
     raise ValueError(f'{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start}); '

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import sentencepiece
-from etils import epath
 
 from prompt_tuning_jax import tokenizer_file
 from prompt_tuning_jax.data.byte_level_bpe import ByteLevelBPE
@@ -333,11 +332,7 @@ def train_vocabulary(texts: Iterable[str], path: str | pathlib.Path, pieces: int
 
 @functools.lru_cache(maxsize=8)
 def _read(file: str) -> bytes:
-  try:
-    return epath.Path(file).read_bytes()
-  except (OSError, NotImplementedError, ImportError) as error:
-    raise ValueError(f'Cannot read the vocabulary {file} ({error}): expected a SentencePiece '
-                     'model file.') from error
+  return tokenizer_file.read_bytes(file)
 
 
 @functools.lru_cache(maxsize=8)

@@ -50,7 +50,7 @@ class Progress:
       try:
         if json.loads(line)['step'] <= step:
           kept.append(line + '\n')
-      except (ValueError, KeyError, TypeError):
+      except (ValueError, KeyError, TypeError, RecursionError):
         logger.warning('Dropped a broken line of %s.', self._path)
     with atomic_file(self._path) as temporary:
       temporary.write_text(''.join(kept), encoding='utf-8')
