@@ -255,7 +255,7 @@ def _in_reading_order(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
         axis = path.parent.name
         raise ValueError(f'Two files of one kind: {axis}/{other.name} and {axis}/{path.name}; '
                          'name one of them.')
-  return sorted(paths, key=lambda path: not _INCLUDE.search(path.read_text('utf-8')))
+  return sorted(paths, key=lambda path: not _INCLUDE.search(path.read_text('utf-8', 'replace')))
 
 
 def _texts(read) -> list[str]:
