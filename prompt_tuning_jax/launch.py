@@ -54,7 +54,7 @@ def train(argv: Sequence[str]) -> int:
   set_up_process()
   try:
     files = find_files(flags.gin_file, flags.gin_search_paths)
-    from prompt_tuning_jax.training import run  # takes seconds
+    from prompt_tuning_jax.training import dry_run, run  # takes seconds
     read_config(files, flags.gin_bindings, run.train)
     start_processes(flags)
   except ValueError as error:
@@ -62,7 +62,7 @@ def train(argv: Sequence[str]) -> int:
   try:
     arguments, text = resolve(run.train, config_text=None)
     if flags.dry_run:
-      print(text)
+      print(text, dry_run.table(**arguments), sep='\n')
     else:
       run.train(**{**arguments, 'config_text': text})
   except ValueError as error:
@@ -86,7 +86,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
   add('--gin_search_paths', action='append', default=[], metavar='FOLDER,…',
       help='folders to look for gin files in')
   add('--tfds_data_dir', metavar='FOLDER', help='prepared TFDS data; default $TFDS_DATA_DIR')
-  add('--dry_run', action='store_true', help='print the configuration and stop')
+  add('--dry_run', action='store_true', help='print configuration and sizes, and stop')
   add('--multiprocess', action='store_true',
       help='one of several processes (found by JAX on a TPU pod, under Slurm or Open MPI)')
   add('--coordinator_address', metavar='HOST:PORT', help='of process 0; with the next two')

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -65,14 +66,7 @@ def load_base(name_or_folder: str | os.PathLike, *, config: Any = None,
   `vocabulary_file` ('bytes' for ByT5) override what the folder says. Raises ValueError naming
   all leaves that are missing, extra, misshaped or damaged, or a vocabulary too large for the base.
   """
-  folder = _locate(os.path.expanduser(os.fspath(name_or_folder)))
-  if t5x_legacy.is_folder(folder):
-    stored = t5x_legacy.open_folder(folder)
-    config = config or _config_beside(folder) or t5x_legacy.infer_config(stored, folder)
-    name_of = str
-  else:
-    config, stored = hf_safetensors.open_folder(folder, config)
-    name_of = hf_families.of_configuration(config).name_of
+  folder, config, stored, name_of = _open(name_or_folder, config)
   vocabulary = _vocabulary(folder, vocabulary_file)
   own = vocabulary_file and _vocabulary(folder, None)
   if own and own.sha256 != vocabulary.sha256:
@@ -83,6 +77,11 @@ def load_base(name_or_folder: str | os.PathLike, *, config: Any = None,
   params = stored_leaf.load(stored, shapes, folder, dtype, sharding_for, name_of)
   _check_size(folder, config, vocabulary)
   return Base(_short_name(folder), config, params, vocabulary, fingerprint(params))
+
+
+def network_of(name_or_folder: str | os.PathLike) -> Any:
+  """The configuration of a base's network, as `load_base` finds it; no weights are read."""
+  return _open(name_or_folder, None)[1]
 
 
 def random_base(config: Any, vocabulary_file: str, seed: int = 0,
@@ -114,6 +113,17 @@ def write(folder: str | os.PathLike, config: Any, params: PyTree, *,
     t5x_legacy.write(temporary, params)
     if vocabulary is not None:
       vocabulary.write(temporary)
+
+
+def _open(name_or_folder: str | os.PathLike, config: Any) -> tuple[str, Any, Any, Callable]:
+  """(folder, configuration, stored leaves by name, the name there of a parameter's path)."""
+  folder = _locate(os.path.expanduser(os.fspath(name_or_folder)))
+  if t5x_legacy.is_folder(folder):
+    stored = t5x_legacy.open_folder(folder)
+    config = config or _config_beside(folder) or t5x_legacy.infer_config(stored, folder)
+    return folder, config, stored, str
+  config, stored = hf_safetensors.open_folder(folder, config)
+  return folder, config, stored, hf_families.of_configuration(config).name_of
 
 
 def _locate(name: str) -> str:
