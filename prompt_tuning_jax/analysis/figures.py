@@ -1,5 +1,6 @@
 """Pictures as inline SVG: text stays text, colours are the page's, equal data give equal bytes."""
 
+import hashlib
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -102,11 +103,22 @@ def curves(series: Mapping[str, Mapping[str, Sequence]]) -> str:
   return _svg(draw, (9, 2.6 * -(-len(series) // 3)))
 
 
+def _with_own_ids(text: str) -> str:
+  """Without ids that nothing refers to; the others are of this picture alone in its page."""
+  own = hashlib.sha256(text.encode()).hexdigest()[:8]
+  ids = re.findall(r' id="([\w.-]+)"', text)
+  used = set(re.findall(r'#([\w.-]+)', text)) & set(ids)
+  text = re.sub(r' id="([\w.-]+)"',
+                lambda match: f' id="{own}{match[1]}"' if match[1] in used else '', text)
+  return re.sub(r'#([\w.-]+)',
+                lambda match: f'#{own}{match[1]}' if match[1] in used else match[0], text)
+
+
 def _whole(count: int) -> list[int]:
   """Ticks at some of the numbers from 1 to `count`."""
   step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, count)
               if count / step <= 12)
-  return [1, *range(step, count + 1, step)] if step > 1 else list(range(1, count + 1))
+  return [1] * (step > 2) + list(range(step, count + 1, step))
 
 
 def _svg(draw, size: tuple[float, float]) -> str:
@@ -125,8 +137,7 @@ def _svg(draw, size: tuple[float, float]) -> str:
   for told, called in _COLOURS.items():
     text = text.replace(told, called)
   text = re.sub(r'font-family: [^;"]*; ', '', text)  # the page's
-  used = set(re.findall(r'#([\w.-]+)', text))
-  text = re.sub(r' id="([\w.-]+)"', lambda match: match[0] if match[1] in used else '', text)
+  text = _with_own_ids(text)
   text = re.sub(r'(<svg [^>]*?) (?:height|width)="[^"]*pt"([^>]*?) (?:height|width)="[^"]*pt"',
                 r'\1\2', text, count=1)
   return text.replace('<svg ', '<svg aria-hidden="true" ', 1).strip()

@@ -104,8 +104,8 @@ def words(prompt: Array, table: Array, vocabulary: Any, labels: Sequence[str] = 
   others = [[vocabulary.piece(int(i)) for i in row] for row in other_ids]
   return {
       'count': count, 'words': len(table),
-      'tokens': [{'words': row, 'cosines': its.tolist()}
-                 for row, its in zip(pieces, cosines, strict=True)],
+      'tokens': [{'words': row, 'cosines': its.tolist(), 'norm': float(np.linalg.norm(vector))}
+                 for row, its, vector in zip(pieces, cosines, prompt, strict=True)],
       'distinct': len(set(ids[:, 0].tolist())), 'mean_cosine': float(cosines[:, 0].mean()),
       'alike': alike(pieces), 'labels': _labels(labels, ids, vocabulary, len(table)),
       'frequent': [list(pair) for pair in nearest_words.most_frequent(

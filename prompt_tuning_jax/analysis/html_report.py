@@ -85,9 +85,9 @@ def _words(words: Mapping[str, Any]) -> str:
       f'({chance["distinct"]} for as many random vectors).',
       f'The nearest word has cosine {words["mean_cosine"]:.3f} on average '
       f'({chance["mean_cosine"]:.3f} for random vectors).',
-      f'Of {words["alike"]} tokens, two of the {count} nearest words begin with the same four '
-      f'letters ({chance["alike"]} for random vectors): Lester et al. find that neighbours form '
-      'such clusters.']
+      f'{words["alike"]} of {number} tokens have, among their {count} nearest words, two that '
+      f'begin with the same four letters ({chance["alike"]} for random vectors): Lester et al. '
+      'find that neighbours form such clusters.']
   if labels := words['labels']:
     facts.append(
         f'{len(labels["found"])} of {labels["of"]} labels are among the neighbours'
@@ -96,12 +96,13 @@ def _words(words: Mapping[str, Any]) -> str:
         f'{labels["tokens"]} tokens.')
   if often := [f'{word} {times}' for word, times in words['frequent'] if times > 1]:
     facts.append(f'Most frequent among all neighbours: {", ".join(often)}.')
-  rows = [(i + 1, *(f'{word} ({cosine:.3f})' for word, cosine in zip(
+  rows = [(i + 1, f'{token["norm"]:.3g}', *(f'{word} ({cosine:.3f})' for word, cosine in zip(
       token['words'], token['cosines'], strict=True))) for i, token in enumerate(tokens)]
   return '\n'.join([
       '<p class="quiet">The words whose embeddings point most nearly as a token does (Lester et '
       f'al. 2021, section 7.1), of {words["words"]:,}; cosines in brackets.</p>', _notes(facts),
-      _table('Nearest words of each token', ('token', *map(_ordinal, range(1, count + 1))), rows)])
+      _table('Nearest words of each token',
+             ('token', 'norm', *map(_ordinal, range(1, count + 1))), rows)])
 
 
 def _norms(norms: Mapping[str, Any]) -> str:
@@ -133,8 +134,9 @@ def _likeness(found: Mapping[str, Any]) -> str:
   tables = [_table(title, head, [(f'{i + 1} {name}', *map(_Heat, row)) for i, (name, row) in
                                  enumerate(zip(names, found[key], strict=True))])
             for key, title in titles.items()]
-  return ('<p class="quiet">The more alike two prompts are, the better one transfers to the '
-          "other's task (SPoT, Vu et al. 2022). The first is this one.</p>\n" + '\n'.join(tables))
+  return '\n'.join([
+      '<p class="quiet">The more alike two prompts are, the better one tends to be a start for the '
+      "other's task (SPoT, Vu et al. 2022). The first is this one.</p>", *tables])
 
 
 def _attention(found: Mapping[str, Any]) -> str:
