@@ -1,4 +1,4 @@
-"""The training loop."""
+"""The training loop, and who takes its steps."""
 
 import contextlib
 import dataclasses
@@ -6,20 +6,25 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from prompt_tuning_jax.checkpoints.training_state import TrainingStates
+from prompt_tuning_jax.data.prefetch import Prefetch
 from prompt_tuning_jax.training import report
 from prompt_tuning_jax.training.evaluate import Evaluation
 from prompt_tuning_jax.training.progress import Progress
 from prompt_tuning_jax.training.state import TrainState
+from prompt_tuning_jax.training.step import Recipe, make_train_step
 from prompt_tuning_jax.types import Batch, PyTree
 
 logger = logging.getLogger(__name__)
+# Yields (step, state), is sent (state, metrics) after that step.
+Steps = Generator[tuple[int, TrainState], tuple[TrainState, dict[str, jax.Array]], Any]
 AHEAD = 4  # steps the host may queue before the device has done them: a stop must not wait long
 
 
@@ -77,11 +82,47 @@ class Records:
     return False
 
 
-def train(state: TrainState, frozen: PyTree, batches: Iterator[Batch], train_step: Callable,
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """A run that is ready for its first step.
+
+  Attributes:
+    state: before its first step; a resumed run goes on with another.
+    batch_at: the batch of a step, counted from 0.
+    steps: given what tells whether to stop (`stop_requested`), the run itself as a generator: it
+      asks for steps and does all that comes between them; it returns the report.
+  """
+
+  recipe: Recipe
+  state: TrainState
+  frozen: PyTree
+  batch_at: Callable[[int], Batch]
+  steps: Callable[[Callable[[int], bool]], Steps]
+
+
+def alone(training: Training) -> Any:
+  """Takes every step of one training; returns its report."""
+  with stop_requested() as stop, contextlib.closing(training.steps(stop)) as running:
+    try:
+      step, state = next(running)
+      train_step = make_train_step(
+          **vars(training.recipe), shardings=jax.tree.map(lambda leaf: leaf.sharding, state))
+      put = lambda step: training.recipe.partitioner.put_batch(training.batch_at(step))
+      with contextlib.closing(Prefetch(put, step)) as batches:
+        while True:
+          _, state = running.send(train_step(state, training.frozen, next(batches)))
+    except StopIteration as finished:
+      return finished.value
+
+
+def train(state: TrainState, stop: Callable[[int], bool],
           evaluate: Callable[[PyTree], Evaluation] | None, save: Callable[[str, PyTree], Any],
           states: TrainingStates, progress: Progress, records: Records, schedule: Schedule,
-          task: str, per_batch: float) -> TrainState:
+          task: str, per_batch: float) -> Steps:
   """Trains from `state.step` to the last step, or to SIGTERM, early stopping or divergence.
+
+  A generator: whoever drives it takes the steps, of this run alone or of several together. Returns
+  the last state.
 
   Args:
     evaluate: trainable leaves -> their evaluation.
@@ -106,30 +147,31 @@ def train(state: TrainState, frozen: PyTree, batches: Iterator[Batch], train_ste
 
   if evaluate and not schedule.train_steps and records.last_value is None:
     measure()
-  with _stop_requested() as stop:
-    while step < schedule.train_steps and not stop.is_set():
-      if schedule.patience and records.evaluations_since_best >= schedule.patience:
-        logger.info('Stopped early: no evaluation was better than the one at step %d.',
-                    records.best_step)
-        break
-      state, metrics = train_step(state, frozen, next(batches))
-      pending.append(metrics)
-      jax.block_until_ready(pending[-AHEAD:][0])
-      step += 1
-      last = step == schedule.train_steps
-      if last or _due(step, schedule.log_period):
-        _check_divergence(state, save)
-        progress.report_training(step, task, _mean(pending), per_batch)
-        pending.clear()
-      if evaluate and (last or _due(step, schedule.eval_period)):
-        measure()
-      if _due(step, schedule.save_period):
-        _save_all(state, states, records, save, began)
-    records.stopped = stop.is_set()
-    if records.stopped:
-      logger.warning('Stopping at step %d as a signal asked; the same command resumes there.', step)
-    _save_all(state, states, records, save, began)
-    states.wait()
+  stopped = False
+  while step < schedule.train_steps and not (stopped := stop(step)):
+    if schedule.patience and records.evaluations_since_best >= schedule.patience:
+      logger.info('Stopped early: no evaluation was better than the one at step %d.',
+                  records.best_step)
+      break
+    state, metrics = yield step, state
+    pending.append(metrics)
+    jax.block_until_ready(pending[-AHEAD:][0])
+    step += 1
+    last = step == schedule.train_steps
+    if last or _due(step, schedule.log_period):
+      _check_divergence(state, save)
+      states.check()
+      progress.report_training(step, task, _mean(pending), per_batch)
+      pending.clear()
+    if evaluate and (last or _due(step, schedule.eval_period)):
+      measure()
+    if _due(step, schedule.save_period):
+      _save_all(state, states, records, save, began)
+  records.stopped = stopped
+  if stopped:
+    logger.warning('Stopping at step %d as a signal asked; the same command resumes there.', step)
+  _save_all(state, states, records, save, began)
+  states.wait()
   return state
 
 
@@ -163,8 +205,15 @@ def _check_divergence(state: TrainState, save: Callable) -> None:
 
 
 @contextlib.contextmanager
-def _stop_requested() -> Iterator[threading.Event]:
-  """SIGTERM and SIGINT ask for a stop after the current step; a second SIGINT interrupts."""
+def stop_requested() -> Iterator[Callable[[int], bool]]:
+  """Gives what tells, before each step, whether to stop there.
+
+  SIGTERM and SIGINT ask for it; a second SIGINT interrupts. SIGTERM to one of several processes
+  stops all of them before the same step (JAX's preemption service).
+  """
+  if jax.process_count() > 1:
+    yield multihost_utils.reached_preemption_sync_point
+    return
   stop = threading.Event()
 
   def ask(number, _):
@@ -176,7 +225,7 @@ def _stop_requested() -> Iterator[threading.Event]:
   in_main = threading.current_thread() is threading.main_thread()
   previous = [signal.signal(number, ask) for number in numbers] if in_main else []
   try:
-    yield stop
+    yield lambda step: stop.is_set()
   finally:
     for number, handler in zip(numbers, previous, strict=False):
       signal.signal(number, handler)

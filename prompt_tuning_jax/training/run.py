@@ -13,11 +13,16 @@ import jax.numpy as jnp
 import optax
 
 from prompt_tuning_jax import cloud_storage, param_paths, predictor
-from prompt_tuning_jax.checkpoints import atomic_write, base_checkpoint, prompt_file
+from prompt_tuning_jax.checkpoints import (
+    atomic_write,
+    base_checkpoint,
+    file_lock,
+    processes,
+    prompt_file,
+)
 from prompt_tuning_jax.checkpoints.base_checkpoint import Base
 from prompt_tuning_jax.checkpoints.training_state import TrainingStates
 from prompt_tuning_jax.data import batches, mixture, token_cache
-from prompt_tuning_jax.data.prefetch import Prefetch
 from prompt_tuning_jax.data.token_cache import TokenCache
 from prompt_tuning_jax.data.vocabulary import Vocabulary
 from prompt_tuning_jax.networks.parameters import logical_axes
@@ -28,15 +33,15 @@ from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts.weight_changes import combined
 from prompt_tuning_jax.training import evaluate, loop, methods, report
 from prompt_tuning_jax.training import state as train_state
-from prompt_tuning_jax.training.progress import Progress
-from prompt_tuning_jax.training.step import make_train_step
+from prompt_tuning_jax.training.progress import Progress, Unwritten
+from prompt_tuning_jax.training.step import Recipe
 from prompt_tuning_jax.types import PyTree
 
 logger = logging.getLogger(__name__)
 
 
 def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
-          initial_checkpoint_path: str | None, method: Any,
+          initial_checkpoint_path: str | Base | None, method: Any,
           optimizer: optax.GradientTransformation, train_steps: int, batch_size: int,
           eval_period: int = 1000, save_period: int = 1000, log_period: int = 50,
           network: Any = None, vocabulary: str | None = None,
@@ -49,15 +54,16 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
           max_eval_examples: int | None = None, rank_labels: bool = True,
           metric: str | None = None, patience: int = 0,
           partitioner: Partitioner = Partitioner(), cache_dir: str | None = None,
-          config_text: str | None = None) -> dict[str, Any]:
+          config_text: str | None = None,
+          steps: Callable[[loop.Training], Any] = loop.alone) -> Any:
   """Trains, evaluates and saves; resumes where MODEL_DIR left off.
 
   Args:
     task: a source of examples (`data.seqio_task.SeqioTask`, `data.text_file.TextFile`), or a
       `data.mixture.Mixture` of several.
     task_feature_lengths: {'inputs': n, 'targets': m}, the tokens kept of each, end included.
-    initial_checkpoint_path: a bundled base's name or a checkpoint folder; None starts `network`
-      from random weights (pretraining).
+    initial_checkpoint_path: a bundled base's name or a checkpoint folder, or a base that has been
+      read; None starts `network` from random weights (pretraining).
     method: a `training.methods` object: what trains.
     train_steps: 0 evaluates and saves what training would start from.
     eval_period, save_period, log_period: in steps; 0 is never, but for the last step.
@@ -69,13 +75,17 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
     rank_labels: the most probable label is the answer; False decodes, as Lester et al. evaluate.
     metric: chooses the best and, after `patience` evaluations without a better one, ends training;
       by default the task's first, or `loss`. config_text: kept as MODEL_DIR/config.gin.
+    steps: takes the steps (`training.population` those of several runs together).
 
-  Returns MODEL_DIR/report.json; raises ValueError where what is given does not fit, or on NaN.
+  Of several processes all compute, and the first one writes; MODEL_DIR is a folder that all reach.
+
+  Returns MODEL_DIR/report.json, {} in processes but the first; raises ValueError where what is
+  given does not fit, or on NaN.
   """
   _check(task_feature_lengths, model_dir, dropout_rate, train_steps=(train_steps, 0),
          batch_size=(batch_size, 1), num_microbatches=(num_microbatches, 1))
   tasks = _checked(mixture.as_mixture(task))
-  base = _base(initial_checkpoint_path, network, vocabulary, parameter_dtype, partitioner, seed)
+  base = load_base(initial_checkpoint_path, network, vocabulary, parameter_dtype, partitioner, seed)
   words = _vocabulary(base)
   lengths = dict(task_feature_lengths)
   opened = functools.partial(_caches, tasks, words, lengths, cache_dir)
@@ -85,7 +95,8 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
   model = method.model(config)
   virtual = batches.one_each(method.virtual_tokens(config.vocab_size), len(caches))
   _check_positions(config, caches, virtual)
-  trainable, frozen = _split(base, method.initial(jax.random.key(seed), base, words), method)
+  added = partitioner.replicate(method.initial(jax.random.key(seed), base, words))
+  trainable, frozen = _split(base, added, method)
   base = dataclasses.replace(base, params=None)  # `frozen` and `trainable` hold all there is
   train_steps = train_steps if trainable else 0
 
@@ -95,26 +106,42 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
   evaluator = evaluate.evaluator(
       *_evaluated(predictor, tasks, virtual, opened, eval_subset) if eval_period else ((), ()),
       metric, max_eval_examples, rank_labels)
-  mirror = cloud_storage.Mirror(model_dir)
   state = _place(train_state.create(trainable, optimizer), partitioner)
-  with contextlib.closing(TrainingStates(mirror.place / 'checkpoints')) as states:
-    state, records = _restore(states, state, {
-        'base': base.fingerprint, 'task': tasks.name, 'method': methods.description(method),
-        'vocabulary': words.sha256, 'lengths': lengths, 'batch_size': batch_size, 'seed': seed,
-        'batching': source.description, 'metric': evaluator and evaluator.metric,
-        'evaluated': evaluator and evaluator.part})
-    progress = Progress(mirror.folder, train_steps, int(state.step), config_text, mirror.push)
-    put = lambda step: partitioner.put_batch(source.batch_at(step))
-    with contextlib.closing(progress), contextlib.closing(Prefetch(put, int(state.step))) as feed:
-      state = loop.train(
-          state, frozen, feed,
-          make_train_step(model, optimizer, seed, z_loss, label_smoothing, num_microbatches),
-          evaluate=evaluator and (lambda trained: evaluator(combined(trained, frozen))),
-          save=_saver(method, mirror, base, tasks, evaluator, records), states=states,
-          progress=progress, records=records, task=tasks.name, per_batch=source.examples_per_batch,
-          schedule=loop.Schedule(train_steps, eval_period, save_period, log_period, patience))
-  progress.plot()
-  return _report(mirror, report.sizes(state, frozen), records, evaluator, int(state.step))
+  described = {
+      'base': base.fingerprint, 'task': tasks.name, 'method': methods.description(method),
+      'vocabulary': words.sha256, 'lengths': lengths, 'batch_size': batch_size, 'seed': seed,
+      'batching': source.description, 'metric': evaluator and evaluator.metric,
+      'evaluated': evaluator and evaluator.part}
+  return steps(loop.Training(
+      Recipe(model, optimizer, seed, z_loss, label_smoothing, num_microbatches, partitioner),
+      state, frozen, source.batch_at, functools.partial(
+          _steps, state=state, frozen=frozen, described=described, model_dir=model_dir,
+          config_text=config_text, saver=functools.partial(_saver, method, base, tasks, evaluator),
+          evaluator=evaluator, task=tasks.name, per_batch=source.examples_per_batch,
+          schedule=loop.Schedule(train_steps, eval_period, save_period, log_period, patience))))
+
+
+def _steps(stop: Callable[[int], bool], *, state: train_state.TrainState, frozen: PyTree,
+           described: Mapping[str, Any], model_dir: str, config_text: str | None, saver: Callable,
+           evaluator: Callable | None, task: str, per_batch: float,
+           schedule: loop.Schedule) -> loop.Steps:
+  """A run with its files, as a generator of the steps it wants (`loop.Training`)."""
+  mirror = cloud_storage.Mirror(model_dir)
+  with (file_lock.only_writer(mirror.folder),
+        contextlib.closing(TrainingStates(mirror.place / 'checkpoints')) as states):
+    state, records = _restore(states, state, described)
+    progress = Progress(mirror.folder, schedule.train_steps, int(state.step), config_text,
+                        mirror.push) if processes.is_first() else Unwritten()
+    with contextlib.closing(progress):
+      state = yield from loop.train(
+          state, stop, evaluate=evaluator and (lambda trained: evaluate.alike(
+              evaluator(combined(trained, frozen)))),
+          save=saver(records, mirror), states=states, progress=progress, records=records,
+          schedule=schedule, task=task, per_batch=per_batch)
+    if not processes.is_first():
+      return {}
+    progress.plot()
+    return _report(mirror, report.sizes(state, frozen), records, evaluator, int(state.step))
 
 
 def evaluate_ensemble(files: Mapping[str, str], folder: pathlib.Path, *, task: Any,
@@ -132,7 +159,7 @@ def evaluate_ensemble(files: Mapping[str, str], folder: pathlib.Path, *, task: A
   any more. Returns `ensemble.report`; raises ValueError for a mixture, or one without evaluation.
   """
   tasks = check_ensemble(task)
-  base = _base(initial_checkpoint_path, network, vocabulary, parameter_dtype, partitioner, 0)
+  base = load_base(initial_checkpoint_path, network, vocabulary, parameter_dtype, partitioner, 0)
   words, lengths = _vocabulary(base), dict(task_feature_lengths)
   bank = PromptBank(base, {name: prompt_file.load(path) for name, path in files.items()})
   caches = _caches(tasks, words, lengths, cache_dir, 'eval_split', eval_subset)
@@ -192,17 +219,15 @@ def _evaluated(predictor: Predictor, tasks: mixture.Mixture, virtual: Sequence[A
 def _caches(tasks: mixture.Mixture, words: Vocabulary, lengths: Mapping[str, int],
             cache_dir: str | None, which: str, subset: Callable | None) -> list[TokenCache]:
   """The caches of the tasks' splits, or of parts of them; a task without that split has none."""
-  caches = [token_cache.open_or_build(task, getattr(task, which), words, lengths, cache_dir)
-            for task in tasks.tasks if getattr(task, which)]
+  with processes.first_before_others(which):
+    caches = [token_cache.open_or_build(task, getattr(task, which), words, lengths, cache_dir)
+              for task in tasks.tasks if getattr(task, which)]
   return [subset(cache) for cache in caches] if subset else caches
 
 
 def _check(lengths: Mapping[str, int], model_dir: str, dropout_rate: float,
            **counts: tuple[int, int]) -> None:
   """`counts` are values by name, each with the least that it may be."""
-  if jax.process_count() > 1:
-    raise ValueError('Training in several processes is not supported yet: start one, which uses '
-                     'all of its devices.')
   if not isinstance(model_dir, str) or (
       '://' in model_dir and not cloud_storage.is_remote(model_dir)):
     raise ValueError('MODEL_DIR must be a folder of this machine or gs://BUCKET/FOLDER, got '
@@ -223,15 +248,20 @@ def _check(lengths: Mapping[str, int], model_dir: str, dropout_rate: float,
     raise ValueError(f'DROPOUT_RATE should be at least 0 and less than 1, got {dropout_rate!r}.')
 
 
-def _base(path: str | None, network: Any, vocabulary: str | None, dtype: str,
-          partitioner: Partitioner, seed: int) -> Base:
+def load_base(path: str | Base | None, network: Any = None, vocabulary: str | None = None,
+              dtype: str = 'float32', partitioner: Partitioner = Partitioner(),
+              seed: int = 0) -> Base:
+  """The base that these arguments of `train` say; one that has been read is it already."""
+  if isinstance(path, Base):
+    return path
   if path is not None:
     return base_checkpoint.load_base(path, config=network, vocabulary_file=vocabulary, dtype=dtype,
                                      sharding_for=partitioner.sharding_for(logical_axes))
   if network is None or vocabulary is None:
     raise ValueError('Without INITIAL_CHECKPOINT_PATH training starts from random weights, which '
                      'needs a network (--gin_file=network/….gin) and a VOCABULARY file.')
-  return base_checkpoint.random_base(network, vocabulary, seed)
+  return base_checkpoint.random_base(network, vocabulary, seed,
+                                     partitioner.sharding_for(logical_axes))
 
 
 def _vocabulary(base: Base) -> Vocabulary:
@@ -255,7 +285,7 @@ def _place(state: train_state.TrainState, partitioner: Partitioner) -> train_sta
   """Leaves that are not on the mesh yet (the prompt, counters) are replicated over it."""
   devices = set(partitioner.mesh.devices.flat)
   return jax.tree.map(lambda leaf: leaf if leaf.sharding.device_set == devices else
-                      jax.device_put(leaf, partitioner.replicated), state)
+                      partitioner.replicate(leaf), state)
 
 
 def _restore(states: TrainingStates, state: train_state.TrainState, run: dict[str, Any]):
@@ -271,14 +301,17 @@ def _restore(states: TrainingStates, state: train_state.TrainState, run: dict[st
   return state, records
 
 
-def _saver(method, mirror: cloud_storage.Mirror, base: Base, tasks: mixture.Mixture, evaluator,
-           records: loop.Records):
+def _saver(method, base: Base, tasks: mixture.Mixture, evaluator, records: loop.Records,
+           mirror: cloud_storage.Mirror):
   """save(name, trained): writes the trained leaves and what they belong to."""
   folder = mirror.folder / 'prompts'
-  for name in ('best', 'last'):
+  for name in ('best', 'last') if processes.is_first() else ():
     atomic_write.recover(folder / name)
 
   def save(name: str, trained: PyTree) -> None:
+    trained = processes.whole(trained)
+    if not processes.is_first():
+      return
     value, values, step = (
         (records.best_value, records.best_values, records.best_step) if name == 'best' else
         (records.last_value, records.last_values, records.last_step))

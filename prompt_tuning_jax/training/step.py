@@ -1,5 +1,6 @@
 """One training step: the gradient of the trainable leaves alone, and their update."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -8,41 +9,58 @@ import jax.numpy as jnp
 import optax
 
 from prompt_tuning_jax import prompted_model
+from prompt_tuning_jax.partitioning import Partitioner
 from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts import weight_changes
 from prompt_tuning_jax.training.state import TrainState
 from prompt_tuning_jax.types import Array, Batch, PyTree
 
 
-def make_train_step(model: PromptedModel, optimizer: optax.GradientTransformation, seed: int,
-                    z_loss: float = 0.0, label_smoothing: float = 0.0,
-                    num_microbatches: int = 1) -> Callable:
-  """A compiled (state, frozen, batch) -> (state, metrics); `state` is donated.
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """All that decides a step of training, but for the state, the frozen leaves and the batch.
 
-  The frozen leaves are an argument, so they are neither differentiated, copied nor baked into the
-  program. The dropout key is a function of seed and step, so a resumed run draws the same masks.
+  The dropout key is a function of seed and step, so a resumed run draws the same masks.
 
   With `num_microbatches` the batch is gone through in so many parts, one after another, so that
   activations of one part are in memory at a time; the gradient is the whole batch's.
 
-  Metrics are [] float32: loss (nats per target token), accuracy (teacher-forced), tokens,
-  grad_norm.
+  `partitioner` says how the step is split over devices.
   """
 
-  def train_step(state: TrainState, frozen: PyTree, batch: Batch):
-    dropout_key = jax.random.fold_in(jax.random.key(seed), state.step)
+  model: PromptedModel
+  optimizer: optax.GradientTransformation
+  seed: int = 0
+  z_loss: float = 0.0
+  label_smoothing: float = 0.0
+  num_microbatches: int = 1
+  partitioner: Partitioner = Partitioner()
+
+  def dropout_key(self, step: Array) -> Array:
+    """The key of a step."""
+    return jax.random.fold_in(jax.random.key(self.seed), step)
+
+  def gradients(self, trainable: PyTree, frozen: PyTree, batch: Batch, dropout_key: Array,
+                ) -> tuple[PyTree, dict[str, Array]]:
+    """(gradients of the trainable leaves, metrics of `prompted_model.loss`)."""
 
     def loss(trainable, batch, dropout_key):
       params = weight_changes.combined(trainable, frozen)
-      return prompted_model.loss(model, params, batch, dropout_key, z_loss, label_smoothing)
+      return prompted_model.loss(self.model, params, batch, dropout_key, self.z_loss,
+                                 self.label_smoothing)
 
-    gradient = functools.partial(jax.grad(loss, has_aux=True), state.trainable)
-    if num_microbatches == 1:
-      gradients, metrics = gradient(batch, dropout_key)
-    else:
-      gradients, metrics = _accumulated(gradient, batch, dropout_key, num_microbatches)
+    gradient = functools.partial(
+        jax.grad(self.partitioner.rematerialized(loss), has_aux=True), trainable)
+    if self.num_microbatches == 1:
+      return gradient(batch, dropout_key)
+    return _accumulated(gradient, batch, dropout_key, self.num_microbatches)
+
+  def updated(self, state: TrainState, gradients: PyTree, metrics: dict[str, Array],
+              ) -> tuple[TrainState, dict[str, Array]]:
+    """The state after a step with these gradients, as it was where they are not finite; metrics.
+    """
     norm = optax.global_norm(gradients)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+    updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
 
     finite = (jnp.isfinite(metrics['loss']) & jnp.isfinite(norm)
@@ -56,7 +74,28 @@ def make_train_step(model: PromptedModel, optimizer: optax.GradientTransformatio
         diverged_at=jnp.where(finite | (state.diverged_at >= 0), state.diverged_at, state.step))
     return updated, {**metrics, 'grad_norm': norm}
 
-  return jax.jit(train_step, donate_argnums=0)
+
+def make_train_step(model: PromptedModel, optimizer: optax.GradientTransformation, seed: int,
+                    z_loss: float = 0.0, label_smoothing: float = 0.0, num_microbatches: int = 1,
+                    partitioner: Partitioner = Partitioner(),
+                    shardings: TrainState | None = None) -> Callable:
+  """A compiled (state, frozen, batch) -> (state, metrics); `state` is donated.
+
+  The arguments are those of a `Recipe`, and `shardings` of the state as it comes out. The frozen
+  leaves are an argument of the step, so they are neither differentiated, copied nor baked into the
+  program.
+
+  Metrics are [] float32: loss (nats per target token), accuracy (teacher-forced), tokens,
+  grad_norm.
+  """
+  recipe = Recipe(model, optimizer, seed, z_loss, label_smoothing, num_microbatches, partitioner)
+
+  def train_step(state: TrainState, frozen: PyTree, batch: Batch):
+    return recipe.updated(state, *recipe.gradients(state.trainable, frozen, batch,
+                                                   recipe.dropout_key(state.step)))
+
+  outputs = shardings and (shardings, partitioner.replicated)
+  return partitioner.jit(train_step, donate_argnums=0, out_shardings=outputs)
 
 
 def _accumulated(gradient: Callable, batch: Batch, key: Array, count: int) -> tuple[PyTree, dict]:

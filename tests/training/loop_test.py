@@ -17,6 +17,16 @@ from prompt_tuning_jax.training.progress import Progress
 from prompt_tuning_jax.training.state import TrainState
 
 
+def driven(running, step):
+  """Takes every step, counted from 0; returns what the run returns."""
+  try:
+    number, state = next(running)
+    for batch in itertools.count(number):
+      _, state = running.send(step(state, {}, batch))
+  except StopIteration as finished:
+    return finished.value
+
+
 def run(folder, schedule, values=(), step_hook=lambda step: None, diverge_at=None):
   """Runs the loop over a stand-in step that counts; returns what happened."""
   seen = types.SimpleNamespace(best=[], last=[], records=loop.Records())
@@ -40,9 +50,10 @@ def run(folder, schedule, values=(), step_hook=lambda step: None, diverge_at=Non
   evaluate = (lambda _: Evaluation('accuracy', {'accuracy': next(remaining)})) if values else None
   states, progress = TrainingStates(folder / 'checkpoints'), Progress(folder, schedule.train_steps)
   try:
-    seen.state = loop.train(
-        state, {}, itertools.count(), step, evaluate, save, states, progress, seen.records,
-        schedule, 'task', per_batch=4)
+    steps = lambda stop: loop.train(
+        state, stop, evaluate, save, states, progress, seen.records, schedule, 'task', per_batch=4)
+    with loop.stop_requested() as stop:
+      seen.state = driven(steps(stop), step)
   finally:
     states.close()
     progress.close()
