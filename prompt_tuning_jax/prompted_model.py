@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from prompt_tuning_jax import objectives
 from prompt_tuning_jax.decoding import beam_search as beams
 from prompt_tuning_jax.decoding import sample, stop_strings, token_choice
+from prompt_tuning_jax.networks import layer_stack
 from prompt_tuning_jax.networks.adapters import Adapters
 from prompt_tuning_jax.networks.prefix import Prefix
 from prompt_tuning_jax.prompts import weight_changes
@@ -201,9 +202,10 @@ def start_decoding(model: PromptedModel, params: PyTree, encoder_input_tokens: A
   _, made = model.apply(
       variables, encoded, encoder_input_tokens, tokens, tokens, enable_dropout=False, decode=True,
       max_decode_length=max_length, mutable=['cache', 'cross_cache'], added=added, method='decode')
-  encoded, inputs, made = jax.tree.map(
-      lambda leaf: jnp.repeat(leaf, repeats, axis=0) if jnp.ndim(leaf) and repeats > 1 else leaf,
-      (encoded, jnp.asarray(encoder_input_tokens), made))
+  inputs = jnp.asarray(encoder_input_tokens)
+  if repeats > 1:
+    encoded, inputs, made = layer_stack.take_rows(
+        (encoded, inputs, made), jnp.repeat(jnp.arange(len(inputs)), repeats))
   # Only a network with cross-attention has anything else there than the growing cache.
   kept = {name: value for name, value in made.items() if name != 'cache'}
   state = sample.start(made['cache'], len(inputs), max_length,
@@ -280,4 +282,5 @@ def beam_search(model: PromptedModel, params: PyTree, encoder_input_tokens: Arra
   decoding = start_decoding(model, params, encoder_input_tokens, max_length, added, num_beams)
   return beams.beam_search(
       _next_logits(model, params, decoding, added), decoding.state.cache,
-      len(encoder_input_tokens), max_length, num_beams, penalty, limits, eos_id, early_stopping)
+      len(encoder_input_tokens), max_length, num_beams, penalty, limits, eos_id, early_stopping,
+      layer_stack.take_rows)

@@ -22,7 +22,8 @@ from prompt_tuning_jax.checkpoints import (
 )
 from prompt_tuning_jax.checkpoints.atomic_write import atomic_folder
 from prompt_tuning_jax.checkpoints.hf_config import VocabularyFile
-from prompt_tuning_jax.checkpoints.stored_leaf import ShardingFor
+from prompt_tuning_jax.checkpoints.stored_leaf import ShardingFor, StoredLeaf
+from prompt_tuning_jax.networks import int8, layer_stack, parameters
 from prompt_tuning_jax.networks.parameters import parameter_specs
 from prompt_tuning_jax.types import Array, DType, PyTree
 
@@ -45,7 +46,8 @@ class Base:
   @property
   def embedding(self) -> Array:
     """The embedding table [V, D]."""
-    return param_paths.flatten(self.params)[self.config.embedding]
+    table = param_paths.flatten(self.params)[self.config.embedding]
+    return table.dequantized() if isinstance(table, int8.Quantized) else table
 
 
 def bundled_bases() -> list[str]:
@@ -55,13 +57,14 @@ def bundled_bases() -> list[str]:
 
 def load_base(name_or_folder: str | os.PathLike, *, config: Any = None,
               vocabulary_file: str | VocabularyFile | None = None,
-              dtype: DType | None = 'float32',
-              sharding_for: ShardingFor | None = None) -> Base:
+              dtype: DType | None = 'float32', sharding_for: ShardingFor | None = None,
+              scan_layers: bool = False) -> Base:
   """Reads a base: a bundled name ('mini'), a Hugging Face or T5X folder, or one in a bucket
   (gs://…; a Hugging Face folder is copied from there first).
 
   A bundled name wins over a folder of that name ('./mini' is the folder). `dtype` is that of the
-  parameters, None as stored; `config.dtype`, of activations, is the caller's to replace.
+  parameters, None as stored, 'int8' of those that can be; `config.dtype`, of activations, is the
+  caller's to replace. `scan_layers` is for a network whose layers are scanned, as is the result's.
   `sharding_for(path, shape)` places each leaf, by default on the first device. `config` and
   `vocabulary_file` ('bytes' for ByT5) override what the folder says. Raises ValueError naming
   all leaves that are missing, extra, misshaped or damaged, or a vocabulary too large for the base.
@@ -74,9 +77,11 @@ def load_base(name_or_folder: str | os.PathLike, *, config: Any = None,
                    'numbers the same pieces in the same way, texts make no sense to the base.',
                    folder, own.file, vocabulary.file)
   shapes = {path: spec.shape for path, spec in parameter_specs(config).items()}
-  params = stored_leaf.load(stored, shapes, folder, dtype, sharding_for, name_of)
+  params = stored_leaf.load(stored, shapes, folder, dtype, sharding_for, name_of, scan_layers)
   _check_size(folder, config, vocabulary)
-  return Base(_short_name(folder), config, params, vocabulary, fingerprint(params))
+  config = dataclasses.replace(config, scan_layers=scan_layers)
+  return Base(_short_name(folder), config, params, vocabulary, fingerprint(
+      param_paths.unflatten(stored)))
 
 
 def network_of(name_or_folder: str | os.PathLike) -> Any:
@@ -94,11 +99,12 @@ def random_base(config: Any, vocabulary_file: str, seed: int = 0,
   _check_size('to be', config, vocabulary)
   token = jnp.ones((1, 1), jnp.int32)
   shardings = sharding_for and param_paths.unflatten(
-      {path: sharding_for(path, spec.shape) for path, spec in parameter_specs(config).items()})
+      {path: sharding_for(path, leaf.shape) for path, leaf
+       in param_paths.flatten(parameters.shapes(config)).items()})
   init = jax.jit(lambda key: config.network().init(key, token, token, token)['params'],
                  out_shardings=shardings)
   params = init(jax.random.key(seed))
-  return Base('random', config, params, vocabulary, fingerprint(params))
+  return Base('random', config, params, vocabulary, fingerprint(_unrolled(config, params)))
 
 
 def write(folder: str | os.PathLike, config: Any, params: PyTree, *,
@@ -106,6 +112,7 @@ def write(folder: str | os.PathLike, config: Any, params: PyTree, *,
   """Writes what `load_base` reads, whole or not at all: a Hugging Face folder, or T5X's where
   Hugging Face has no such network. Raises ValueError if the folder exists, unless told to replace.
   """
+  params = _unrolled(config, params)
   if hf_families.has_network(config):
     hf_safetensors.write(folder, config, params, vocabulary=vocabulary, replace=replace)
     return
@@ -113,6 +120,13 @@ def write(folder: str | os.PathLike, config: Any, params: PyTree, *,
     t5x_legacy.write(temporary, params)
     if vocabulary is not None:
       vocabulary.write(temporary)
+
+
+def _unrolled(config: Any, params: PyTree) -> PyTree:
+  """The parameters under their names in a file."""
+  if not config.scan_layers:
+    return params
+  return param_paths.unflatten(layer_stack.unrolled(param_paths.flatten(params)))
 
 
 def _open(name_or_folder: str | os.PathLike, config: Any) -> tuple[str, Any, Any, Callable]:
@@ -189,7 +203,7 @@ def fingerprint(params: PyTree) -> str:
 
   Over the sorted leaf names and shapes, then the bfloat16-rounded bytes of the embedding's rows
   0-1023 and of every one-dimensional leaf, in the order of their names. A fine-tuned sibling
-  differs; a T5X, a Hugging Face, a float32 and a bfloat16 copy agree.
+  differs; a T5X, a Hugging Face, a float32 and a bfloat16 copy agree. Leaves may still be stored.
   """
   leaves: dict[str, Any] = param_paths.flatten(params)
   digest = hashlib.sha256()
@@ -197,13 +211,18 @@ def fingerprint(params: PyTree) -> str:
     digest.update(f'{path} {"x".join(map(str, leaf.shape))}\n'.encode())
   for path, leaf in leaves.items():
     if path.endswith('token_embedder/embedding'):
-      digest.update(_rounded_bytes(leaf[:FINGERPRINT_ROWS]))
+      digest.update(_rounded_bytes(leaf, FINGERPRINT_ROWS))
     elif len(leaf.shape) == 1:
       digest.update(_rounded_bytes(leaf))
   return digest.hexdigest()
 
 
-def _rounded_bytes(leaf: Array) -> bytes:
+def _rounded_bytes(leaf: Array | StoredLeaf, rows: int | None = None) -> bytes:
+  if isinstance(leaf, StoredLeaf):
+    leaf = leaf.read(tuple(slice(0, min(size, rows or size) if axis == 0 else size)
+                           for axis, size in enumerate(leaf.shape)))
+  elif rows is not None:
+    leaf = leaf[:rows]
   if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
     from jax.experimental import multihost_utils
     leaf = multihost_utils.process_allgather(leaf, tiled=True)

@@ -3,13 +3,14 @@
 import concurrent.futures
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from prompt_tuning_jax import param_paths
+from prompt_tuning_jax.networks import int8, layer_stack
 from prompt_tuning_jax.types import Array, DType, PyTree, Shape
 
 ShardingFor = Callable[[str, Shape], jax.sharding.Sharding]
@@ -50,6 +51,40 @@ def part_of_last_axis(leaf: StoredLeaf, k: int, parts: int) -> StoredLeaf:
   return dataclasses.replace(leaf, shape=(*leaf.shape[:-1], size), read=read)
 
 
+def stacked(leaves: Sequence[StoredLeaf]) -> StoredLeaf:
+  """The same leaf of several layers as one, the layer's axis first."""
+  first = leaves[0]
+  return dataclasses.replace(
+      first, name=f'{first.name} and {len(leaves) - 1} more', shape=(len(leaves), *first.shape),
+      read=lambda index: np.stack([leaf.read(index[1:]) for leaf in leaves[index[0]]]))
+
+
+def cast(leaf: StoredLeaf, dtype: DType | None) -> StoredLeaf:
+  """A leaf in another dtype; None is its own."""
+  dtype = jnp.dtype(dtype or leaf.dtype)
+  return dataclasses.replace(leaf, dtype=dtype.name, read=lambda index: np.asarray(
+      leaf.read(index)).astype(dtype, copy=False))
+
+
+def quantized(leaf: StoredLeaf, axis: int) -> tuple[StoredLeaf, StoredLeaf]:
+  """(values, scale) of `networks.int8`. A part of either is made from the whole of `axis`."""
+  def read(index: tuple[slice, ...]) -> tuple[np.ndarray, np.ndarray]:
+    whole = list(index)
+    whole[axis] = slice(None)
+    return int8.quantize(leaf.read(tuple(whole)), axis)
+
+  def read_values(index: tuple[slice, ...]) -> np.ndarray:
+    part = [slice(None)] * len(leaf.shape)
+    part[axis] = index[axis]
+    return read(index)[0][tuple(part)]
+
+  scale = list(leaf.shape)
+  scale[axis] = 1
+  return (dataclasses.replace(leaf, dtype='int8', read=read_values),
+          dataclasses.replace(leaf, dtype='float32', shape=tuple(scale),
+                              read=lambda index: read(index)[1]))
+
+
 def is_copy(leaf: StoredLeaf | None, other: StoredLeaf | None, rows: int = 4096) -> bool:
   """Whether two matrices are there and are the same; stops at the first difference."""
   if not (leaf and other) or leaf.problem or other.problem or len(leaf.shape) != 2:
@@ -79,45 +114,55 @@ def check(stored: Mapping[str, StoredLeaf], shapes: Mapping[str, Shape], where: 
 
 def load(stored: Mapping[str, StoredLeaf], shapes: Mapping[str, Shape], where: str,
          dtype: DType | None = None, sharding_for: ShardingFor | None = None,
-         name_of: Callable[[str], str] = lambda path: path) -> PyTree:
+         name_of: Callable[[str], str] = lambda path: path, scan_layers: bool = False) -> PyTree:
   """A nested tree of jax Arrays: each leaf is read shard by shard, cast to `dtype` on the way.
 
-  `dtype` None keeps each leaf's own; `sharding_for(path, shape)` defaults to the first device.
-  Only a few leaves are in host memory at a time. Raises as `check` does, also for leaves whose
-  bytes turn out to be damaged.
+  `dtype` None keeps each leaf's own; 'int8' makes `networks.int8.Quantized` of kernels and the
+  embedding table, and float32 of the rest. `sharding_for(path, shape)` defaults to the first
+  device. With `scan_layers` each leaf of all layers is one. Only a few leaves are in host memory at
+  a time. Raises as `check` does, also for leaves whose bytes turn out to be damaged.
   """
   check(stored, shapes, where, name_of)
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  groups = layer_stack.grouped(shapes) if scan_layers else {path: [path] for path in shapes}
 
-  def load_one(path: str) -> jax.Array | Exception:
-    sharding = sharding_for(path, stored[path].shape) if sharding_for else device
+  def put(path: str, leaves: Sequence[StoredLeaf]) -> jax.Array:
+    leaf = leaves[0] if path in stored else stacked(leaves)
+    sharding = sharding_for(path, leaf.shape) if sharding_for else device
+    if sharding.is_fully_addressable or sharding.is_fully_replicated:
+      for each in filter(None, (leaf.verify for leaf in leaves)):
+        each()  # Of many processes, each would read what the others need.
+    return _load_leaf(leaf, sharding)
+
+  def load_one(path: str) -> jax.Array | int8.Quantized | Exception:
+    leaves = [stored[each] for each in groups[path]]
+    axis = int8.reduced_axis(path) if dtype == 'int8' else None
     try:
-      return _load_leaf(stored[path], dtype, sharding)
+      if axis is None:
+        return put(path, [cast(leaf, 'float32' if dtype == 'int8' else dtype) for leaf in leaves])
+      values, scale = zip(*(quantized(leaf, axis) for leaf in leaves), strict=True)
+      return int8.Quantized(put(path, values), put(path, scale))
     except (ValueError, OSError) as error:
       return error
 
   with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:
-    leaves = dict(zip(shapes, pool.map(load_one, shapes), strict=True))
-  _raise(where, {'unreadable': [f'{_named(path, stored[path].name)}: {error}'
+    leaves = dict(zip(groups, pool.map(load_one, groups), strict=True))
+  _raise(where, {'unreadable': [f'{_named(path, name_of(groups[path][0]))}: {error}'
                                 for path, error in leaves.items()
                                 if isinstance(error, Exception)]})
   return param_paths.unflatten(leaves)
 
 
-def _load_leaf(leaf: StoredLeaf, dtype: DType | None,
-               sharding: jax.sharding.Sharding) -> jax.Array:
-  dtype = jnp.dtype(dtype or leaf.dtype)
-  if leaf.verify and (sharding.is_fully_addressable or sharding.is_fully_replicated):
-    leaf.verify()  # Else this process would read what others need.
+def _load_leaf(leaf: StoredLeaf, sharding: jax.sharding.Sharding) -> jax.Array:
   parts = {}  # devices that hold the same part share one read
 
   def part(index: tuple[slice, ...]) -> np.ndarray:
     key = tuple((s.start, s.stop) for s in index)
     if key not in parts:
       # Always a copy: an array on CPU may keep this memory, and the file must not stay mapped.
-      parts[key] = np.array(leaf.read(index), dtype=dtype, order='C')
+      parts[key] = np.array(leaf.read(index), order='C')
       if not np.isfinite(parts[key]).all():
-        raise ValueError(f'it has values that are NaN or infinite in {dtype.name}')
+        raise ValueError(f'it has values that are NaN or infinite in {leaf.dtype}')
     return parts[key]
 
   # Waiting frees the host's copy before the next leaf is read.

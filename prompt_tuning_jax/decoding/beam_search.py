@@ -6,6 +6,7 @@ so one beam is greedy decoding; and what stands at a row's limit is a hypothesis
 end-of-sequence id.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -67,9 +68,14 @@ class _Beams:
   cache: Any
 
 
+def _leading(cache: Any, rows: Array) -> Any:
+  return jax.tree.map(lambda leaf: leaf[rows] if jnp.ndim(leaf) else leaf, cache)
+
+
 def beam_search(next_logits: NextLogits, cache: Any, batch: int, max_length: int, beams: int,
                 penalty: Any = BrevityPenalty(), limits: Array | None = None,
-                eos_id: Array | int = 1, early_stopping: bool = False) -> tuple[Array, Array]:
+                eos_id: Array | int = 1, early_stopping: bool = False,
+                take_rows: Callable[[Any, Array], Any] = _leading) -> tuple[Array, Array]:
   """The best texts by their scores.
 
   A row is done when no live beam can beat the worst of its N hypotheses (`penalty.bound`), at its
@@ -78,8 +84,10 @@ def beam_search(next_logits: NextLogits, cache: Any, batch: int, max_length: int
   Args:
     next_logits: (cache, tokens [B*N]) -> (logits [B*N, V], cache); the first call gets the start
       id.
-    cache: its leaves have a leading axis of B*N, but for scalars, which are the same for all.
+    cache: what `take_rows` takes, by default leaves with a leading axis of B*N and scalars, which
+      are the same for all.
     limits: [B] int32, the most tokens of each row, at most max_length, which is the default.
+    take_rows: (cache, rows [B*N]) -> the cache with these rows of it.
 
   Returns:
     (tokens [B, N, max_length] int32, each with its end-of-sequence id, then 0;
@@ -108,7 +116,7 @@ def beam_search(next_logits: NextLogits, cache: Any, batch: int, max_length: int
     beaten = penalty.bound(log_p[:, 0], length, limits) <= scores[:, -1]
     done = state.done | at_limit | full & (stop_at_full | beaten)
     rows = (jnp.arange(batch)[:, None] * beams + parents).reshape(-1)
-    cache = jax.tree.map(lambda leaf: leaf[rows] if jnp.ndim(leaf) else leaf, cache)
+    cache = take_rows(cache, rows)
     return _Beams(length, done, live, log_p, tokens, hypotheses, scores, cache)
 
   nothing = jnp.zeros((batch, beams, max_length), jnp.int32)

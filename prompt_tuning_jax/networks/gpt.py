@@ -18,11 +18,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen import partitioning
 
-from prompt_tuning_jax.networks import attention, layers, masks
+from prompt_tuning_jax.networks import attention, layer_stack, layers, masks
 from prompt_tuning_jax.networks.adapters import Adapters
-from prompt_tuning_jax.networks.prefix import LayerPrefix, Prefix
+from prompt_tuning_jax.networks.prefix import Prefix
 from prompt_tuning_jax.networks.relative_position import RelativePositionBias
-from prompt_tuning_jax.types import Array
+from prompt_tuning_jax.types import Array, PyTree
 
 NO_PREFIX = Prefix()
 NO_ADAPTERS = Adapters()
@@ -43,6 +43,7 @@ class GPTConfig:
       scaled by emb_dim ** -0.5.
     has_padding_row: row 0 of the table is padding that the network was trained with. False: it
       was not (GPT-2 has no padding id); the row stands for the start of a text, and has no logit.
+    scan_layers, remat_policy: how layers are run (`networks.layer_stack`), not what they compute.
   """
 
   vocab_size: int
@@ -62,10 +63,13 @@ class GPTConfig:
   has_padding_row: bool = True
   relative_attention_num_buckets: int = 32
   relative_attention_max_distance: int = 128
+  scan_layers: bool = False
+  remat_policy: str = 'none'
 
   def __post_init__(self):
     object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
     layers.check_settings(self.mlp_activations, self.dtype)
+    layer_stack.check_settings(self.remat_policy)
 
   # Where the embedding table is, and the modules that make each place's keys and values.
   embedding = 'decoder/token_embedder/embedding'
@@ -99,27 +103,30 @@ def _norm(cfg: GPTConfig, name: str | None = None) -> nn.Module:
 
 class DecoderLayer(nn.Module):
   config: GPTConfig
-  layer: int
 
   @nn.compact
-  def __call__(self, x: Array, bias: Array | None, mask: Array, deterministic: bool,
-               context: attention.Context | None = None, cache_index: Array | None = None,
-               cache_length: int | None = None, prefix: LayerPrefix | None = None,
-               adapters: Adapters = NO_ADAPTERS) -> tuple[Array, KeysValues]:
-    """x: [B, T, D], bias: [1, N, T, T], mask: [B, 1, T, T] -> [B, T, D] and its keys and values."""
-    cfg, dtype = self.config, jnp.dtype(self.config.dtype)
+  def __call__(self, x: Array, own: tuple[Array | int, KeysValues | None], tokens: Array,
+               bias: Array | None, mask: Array, deterministic: bool,
+               seen: tuple[Array | None, Array] | None, cache_index: Array | None,
+               cache_length: int | None, virtual_embeddings: Array | None, prefix: Prefix,
+               adapters: Adapters) -> tuple[Array, KeysValues]:
+    """x: [B, T, D], tokens: [B, T], bias: [1, N, T, T], mask: [B, 1, T, T] -> [B, T, D] and its
+    keys and values. `own` has those of the text before, `seen` the bias and the mask for them."""
+    cfg, dtype, (layer, before) = self.config, jnp.dtype(self.config.dtype), own
+    context = before and attention.Context(*before, *seen)
     drop = functools.partial(layers.dropout(cfg.dropout_rate), deterministic=deterministic)
+    x = layers.virtual_of_layer(x, tokens, virtual_embeddings, layer, cfg.vocab_size)
     y = _norm(cfg, 'pre_self_attention_layer_norm')(x)
     y, keys_values = attention.MultiHeadAttention(
         cfg.num_heads, cfg.head_dim, cfg.dropout_rate, dtype, cfg.use_bias, cfg.scale_queries,
         name='self_attention').with_keys_values(
             y, y, bias, mask, deterministic=deterministic, cache_index=cache_index,
-            cache_length=cache_length, prefix=prefix, context=context)
-    x += adapters.at('decoder_attention', self.layer)(drop(y))
+            cache_length=cache_length, prefix=prefix.at('decoder', layer), context=context)
+    x += adapters.at('decoder_attention', layer)(drop(y))
     y = _norm(cfg, 'pre_mlp_layer_norm')(x)
     y = layers.MlpBlock(cfg.mlp_dim, cfg.mlp_activations, cfg.dropout_rate, dtype, cfg.use_bias,
                         name='mlp')(y, deterministic)
-    x += adapters.at('decoder_mlp', self.layer)(drop(y))
+    x += adapters.at('decoder_mlp', layer)(drop(y))
     return partitioning.with_sharding_constraint(x, ('batch', 'length', 'embed')), keys_values
 
 
@@ -141,7 +148,7 @@ class Decoder(nn.Module):
     else:
       self.position_embedder = layers.Embed(cfg.max_positions, cfg.emb_dim, dtype,
                                             ('abspos_buckets', 'embed'), stddev)
-    self.layers = [DecoderLayer(cfg, i) for i in range(cfg.num_layers)]
+    self.layers = layer_stack.make(DecoderLayer, cfg, cfg.num_layers, static=(6, 9), shared=10)
     self.decoder_norm = _norm(cfg)
     self.drop = layers.dropout(cfg.dropout_rate)
     if not cfg.logits_via_embedding:
@@ -155,24 +162,20 @@ class Decoder(nn.Module):
     return None
 
   def __call__(self, tokens: Array, positions: Array, bias: Array | None, mask: Array,
-               deterministic: bool, contexts: list[attention.Context] | None = None,
-               cache_index: Array | None = None, cache_length: int | None = None,
-               virtual_embeddings: Array | None = None, prefix: Prefix = NO_PREFIX,
-               adapters: Adapters = NO_ADAPTERS) -> tuple[Array, list[KeysValues]]:
+               deterministic: bool, before: PyTree | None = None,
+               seen: tuple[Array | None, Array] | None = None, cache_index: Array | None = None,
+               cache_length: int | None = None, virtual_embeddings: Array | None = None,
+               prefix: Prefix = NO_PREFIX,
+               adapters: Adapters = NO_ADAPTERS) -> tuple[Array, PyTree]:
     """tokens, positions: [B, T] int -> what the last layer makes, [B, T, D], and all layers' keys
-    and values of it. `contexts` has one for each layer."""
+    and values of it. `before` are those of a text before; bias and mask for them are `seen`."""
     x = self.token_embedder(tokens, virtual_embeddings)
     if self.config.max_positions is not None:
       x += self.position_embedder(positions)  # A position that has no row is NaN, as an id is.
     x = self.drop(x, deterministic=deterministic)
-    kept = []
-    for i, layer in enumerate(self.layers):
-      if i:
-        x = self.token_embedder.virtual(x, tokens, virtual_embeddings, i)
-      x, keys_values = layer(x, bias, mask, deterministic, contexts and contexts[i], cache_index,
-                             cache_length, prefix.at('decoder', i), adapters)
-      kept.append(keys_values)
-    return x, kept
+    return layer_stack.run(self.layers, self.config.num_layers, x, before, tokens, bias, mask,
+                           deterministic, seen, cache_index, cache_length, virtual_embeddings,
+                           prefix, adapters)
 
   def logits(self, x: Array, deterministic: bool) -> Array:
     """[B, S, D] -> [B, S, V] float32."""
@@ -220,8 +223,9 @@ class DecoderOnly(nn.Module):
   def encode(self, encoder_input_tokens: Array, encoder_segment_ids: Array | None = None,
              encoder_positions: Array | None = None, enable_dropout: bool = True, *,
              virtual_embeddings: Array | None = None, prefix: Prefix = NO_PREFIX,
-             adapters: Adapters = NO_ADAPTERS) -> list[KeysValues]:
-    """encoder_input_tokens: [B, T] int32 -> keys [B, N, H, T] and values [B, N, T, H] by layer."""
+             adapters: Adapters = NO_ADAPTERS) -> PyTree:
+    """encoder_input_tokens: [B, T] int32 -> keys [B, N, H, T] and values [B, N, T, H] by layer:
+    a list, or {'layers': …} with the layer's axis first where they are scanned."""
     del encoder_positions
     length = encoder_input_tokens.shape[1]
     live = encoder_input_tokens > 0
@@ -234,7 +238,7 @@ class DecoderOnly(nn.Module):
         adapters=adapters)
     return kept
 
-  def decode(self, encoded: list[KeysValues], encoder_input_tokens: Array,
+  def decode(self, encoded: PyTree, encoder_input_tokens: Array,
              decoder_input_tokens: Array, decoder_target_tokens: Array,
              encoder_segment_ids: Array | None = None, decoder_segment_ids: Array | None = None,
              decoder_positions: Array | None = None, enable_dropout: bool = True,
@@ -258,7 +262,7 @@ class DecoderOnly(nn.Module):
     index = length = None
     if decode:
       length = max_decode_length or size
-      index = self._advance(size)
+      index = layer_stack.advance(self, size)
       if index is not None:
         queries, keys = index + queries, jnp.arange(length)
       live = jnp.ones_like(decoder_input_tokens, bool)
@@ -275,10 +279,9 @@ class DecoderOnly(nn.Module):
     tokens = jnp.where(offsets == 0, last_tokens, decoder_input_tokens)
     positions = jnp.sum(seen, axis=-1) + offsets
     input_bias = self.decoder.bias(positions, masks.positions(input_live, encoder_segment_ids))
-    contexts = [attention.Context(*of_layer, input_bias, seen[:, None]) for of_layer in encoded]
     x, _ = self.decoder(
-        tokens, positions, self.decoder.bias(queries, keys), mask, not enable_dropout, contexts,
-        index, length, virtual_embeddings, prefix, adapters)
+        tokens, positions, self.decoder.bias(queries, keys), mask, not enable_dropout, encoded,
+        (input_bias, seen[:, None]), index, length, virtual_embeddings, prefix, adapters)
     return self.decoder.logits(x, not enable_dropout)
 
   def __call__(self, encoder_input_tokens: Array, decoder_input_tokens: Array,
@@ -294,15 +297,6 @@ class DecoderOnly(nn.Module):
     return self.decode(encoded, encoder_input_tokens, decoder_input_tokens, decoder_target_tokens,
                        encoder_segment_ids, decoder_segment_ids, decoder_positions, enable_dropout,
                        decode, **added)
-
-  def _advance(self, size: int) -> Array | None:
-    """Where in the cache the next `size` positions go; None in the call that makes the cache."""
-    if not self.has_variable('cache', 'cache_index'):
-      self.put_variable('cache', 'cache_index', jnp.zeros((), jnp.int32))
-      return None
-    index = self.get_variable('cache', 'cache_index')
-    self.put_variable('cache', 'cache_index', index + size)
-    return index
 
 
 def _causal_mask(live: Array, segments: Array | None) -> Array:

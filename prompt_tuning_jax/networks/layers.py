@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen import partitioning
 
+from prompt_tuning_jax.networks import int8
 from prompt_tuning_jax.types import Array, DType, Initializer
 
 # GELU is the tanh approximation, in T5 1.1 as in GPT-2; 'linear' is the ungated half.
@@ -42,39 +43,47 @@ class Embed(nn.Module):
   stddev: float = 1.0  # of a new table
 
   def setup(self):
-    self.embedding = partitioning.param_with_axes(
+    self.embedding = int8.param_with_axes(
         'embedding', nn.initializers.normal(self.stddev), (self.num_embeddings, self.features),
-        jnp.float32, axes=self.axes, module=self)
+        self.axes, self)
 
   def __call__(self, tokens: Array, virtual_embeddings: Array | None = None) -> Array:
     """tokens: [B, T] int in [0, V + R), virtual_embeddings: [R, D] or [L, R, D] -> [B, T, D].
 
-    Of rows for every layer these are the first layer's; the others go in by `virtual`.
+    Of rows for every layer these are the first layer's; the others go in by `virtual_of_layer`.
     """
     # An id that has no row embeds as NaN: a prompt shorter than its ids must not go unnoticed.
-    words = jnp.take(self.embedding, tokens, axis=0, mode='fill').astype(self.dtype)
-    return self.virtual(words, tokens, virtual_embeddings, 0)
-
-  def virtual(self, x: Array, tokens: Array, virtual_embeddings: Array | None,
-              layer: int) -> Array:
-    """What goes into a layer, x: [B, T, D], with that layer's rows at the virtual tokens.
-
-    Rows [R, D] are the first layer's alone: any other gets x as it is. Those of every layer,
-    [L, R, D], replace what came out of the layer below (Liu et al. 2022, "P-Tuning v2").
-    """
-    if virtual_embeddings is None or virtual_embeddings.shape[-2] == 0:
-      return x
-    if virtual_embeddings.ndim == 2:
-      if layer:
-        return x
-      virtual_embeddings = virtual_embeddings[None]
-    row = jnp.maximum(tokens - self.num_embeddings, 0)
-    virtual = jnp.take(virtual_embeddings[layer].astype(self.dtype), row, axis=0, mode='fill')
-    return jnp.where((tokens >= self.num_embeddings)[..., None], virtual, x)
+    words = int8.take(self.embedding, tokens, self.dtype)
+    if virtual_embeddings is None:
+      return words
+    first = virtual_embeddings if virtual_embeddings.ndim == 2 else virtual_embeddings[0]
+    return _with_virtual(words, tokens, first, self.num_embeddings)
 
   def attend(self, x: Array) -> Array:
     """Logits of the tied output layer: [..., D] -> [..., V], float32."""
-    return jnp.dot(x, self.embedding.astype(x.dtype).T, preferred_element_type=jnp.float32)
+    return int8.dot(x, self.embedding.T, jnp.float32)
+
+
+def virtual_of_layer(x: Array, tokens: Array, virtual_embeddings: Array | None,
+                     layer: Array | int, num_embeddings: int) -> Array:
+  """What goes into a layer, x: [B, T, D], with that layer's rows at the virtual tokens.
+
+  Rows [R, D] are the first layer's alone, and `Embed` has placed those. Rows of every layer,
+  [L, R, D], replace what came out of the layer below (Liu et al. 2022, "P-Tuning v2").
+  """
+  if virtual_embeddings is None or virtual_embeddings.ndim == 2:
+    return x
+  placed = _with_virtual(x, tokens, virtual_embeddings[layer], num_embeddings)
+  return jnp.where(layer > 0, placed, x)
+
+
+def _with_virtual(x: Array, tokens: Array, rows: Array, num_embeddings: int) -> Array:
+  """x: [B, T, D] with the rows [R, D] at tokens from `num_embeddings` on."""
+  if not rows.shape[0]:
+    return x
+  row = jnp.maximum(tokens - num_embeddings, 0)
+  virtual = jnp.take(rows.astype(x.dtype), row, axis=0, mode='fill')
+  return jnp.where((tokens >= num_embeddings)[..., None], virtual, x)
 
 
 class Dense(nn.Module):
@@ -94,12 +103,12 @@ class Dense(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    kernel = partitioning.param_with_axes(
-        'kernel', self.kernel_init, (x.shape[-1], self.features), jnp.float32, axes=self.axes)
+    kernel = int8.param_with_axes('kernel', self.kernel_init, (x.shape[-1], self.features),
+                                  self.axes, self)
     x = x.astype(self.dtype)
     if (scale := self._change('ia3_in')) is not None:
       x *= scale[:, None]
-    product = jnp.dot(x, kernel.astype(self.dtype), preferred_element_type=self.out_dtype)
+    product = int8.dot(x, kernel, self.out_dtype)
     if (thin := self._change('lora_a')) is not None:
       product += (x @ thin @ self._change('lora_b')).astype(product.dtype)
     if self.use_bias:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax.linen import partitioning
 
 from prompt_tuning_jax import param_paths
-from prompt_tuning_jax.networks import gpt, t5
+from prompt_tuning_jax.networks import gpt, int8, layer_stack, t5
+from prompt_tuning_jax.types import DType, PyTree
 
 # Between them, networks of one layer that have every parameter that any network has.
 _SMALLEST = (
@@ -33,7 +34,9 @@ class ParameterSpec:
 
 @functools.lru_cache(maxsize=32)
 def parameter_specs(config: Any) -> dict[str, ParameterSpec]:
-  """Every parameter of the network by its path; nothing is allocated."""
+  """Every parameter of the network by its path in a file, whether or not its layers are scanned;
+  nothing is allocated."""
+  config = dataclasses.replace(config, scan_layers=False)
   token = jnp.ones((1, 1), jnp.int32)
   init = functools.partial(config.network().init, enable_dropout=False)
   variables = jax.eval_shape(init, jax.random.key(0), token, token, token)
@@ -43,11 +46,32 @@ def parameter_specs(config: Any) -> dict[str, ParameterSpec]:
           for path, leaf in param_paths.flatten(variables['params']).items()}
 
 
+def shapes(config: Any, dtype: DType = 'float32') -> PyTree:
+  """The parameters as the network takes them, as ShapeDtypeStructs.
+
+  `dtype` 'int8' is that of kernels and the embedding table (`networks.int8`), the rest is float32.
+  """
+  def leaf(path: str, of: list[str]) -> Any:
+    shape = specs[of[0]].shape
+    shape = shape if path in specs else (len(of), *shape)
+    axis = int8.reduced_axis(path) if dtype == 'int8' else None
+    if axis is None:
+      return jax.ShapeDtypeStruct(shape, jnp.float32 if dtype == 'int8' else dtype)
+    scale = list(shape)
+    scale[axis] = 1
+    return int8.Quantized(jax.ShapeDtypeStruct(shape, jnp.int8),
+                          jax.ShapeDtypeStruct(tuple(scale), jnp.float32))
+
+  specs = parameter_specs(config)
+  paths = layer_stack.grouped(specs) if config.scan_layers else {path: [path] for path in specs}
+  return param_paths.unflatten({path: leaf(path, of) for path, of in paths.items()})
+
+
 def logical_axes(path: str) -> tuple[str, ...] | None:
   """The logical axes of a parameter of any network; None for a path that none has."""
-  path = re.sub(r'/layers_\d+/', '/layers_0/', path)
+  one = re.sub(r'/layers(_\d+)?/', '/layers_0/', path)
   for config in _SMALLEST:
-    spec = parameter_specs(config).get(path)
+    spec = parameter_specs(config).get(one)
     if spec:
-      return spec.axes
+      return ('layers', *spec.axes) if '/layers/' in path else spec.axes
   return None

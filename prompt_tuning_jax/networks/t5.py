@@ -10,10 +10,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen import partitioning
 
-from prompt_tuning_jax.networks import layers, masks
+from prompt_tuning_jax.networks import layer_stack, layers, masks
 from prompt_tuning_jax.networks.adapters import Adapters
 from prompt_tuning_jax.networks.attention import MultiHeadAttention
-from prompt_tuning_jax.networks.prefix import LayerPrefix, Prefix
+from prompt_tuning_jax.networks.prefix import Prefix
 from prompt_tuning_jax.networks.relative_position import RelativePositionBias
 from prompt_tuning_jax.types import Array
 
@@ -28,6 +28,8 @@ class T5Config:
   `vocab_size` counts the rows of the embedding table (32,128 for T5), not the pieces of the
   vocabulary. `logits_via_embedding` ties the output layer to the embedding table and scales its
   input by emb_dim ** -0.5 (T5 1.0). `dtype` is that of activations; parameters keep theirs.
+  `scan_layers` and `remat_policy` say how layers are run (`networks.layer_stack`), not what they
+  compute.
   """
 
   vocab_size: int
@@ -43,10 +45,13 @@ class T5Config:
   dtype: str = 'float32'
   relative_attention_num_buckets: int = 32
   relative_attention_max_distance: int = 128
+  scan_layers: bool = False
+  remat_policy: str = 'none'
 
   def __post_init__(self):
     object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
     layers.check_settings(self.mlp_activations, self.dtype)
+    layer_stack.check_settings(self.remat_policy)
 
   max_positions = None  # Positions are relative: texts may be of any length.
   # Where the embedding table is, and the modules that make each place's keys and values.
@@ -101,21 +106,22 @@ def _position_bias(cfg: T5Config, bidirectional: bool) -> RelativePositionBias:
 
 class EncoderLayer(nn.Module):
   config: T5Config
-  layer: int
 
   @nn.compact
-  def __call__(self, x: Array, bias: Array, mask: Array, deterministic: bool,
-               prefix: LayerPrefix | None = None, adapters: Adapters = NO_ADAPTERS) -> Array:
-    """x: [B, T, D], bias: [1, N, T, T], mask: [B, 1, T, T] -> [B, T, D]."""
-    cfg = self.config
+  def __call__(self, x: Array, own: tuple[Array | int, None], tokens: Array, bias: Array,
+               mask: Array, deterministic: bool, virtual_embeddings: Array | None, prefix: Prefix,
+               adapters: Adapters) -> tuple[Array, None]:
+    """x: [B, T, D], tokens: [B, T], bias: [1, N, T, T], mask: [B, 1, T, T] -> [B, T, D]."""
+    cfg, (layer, _) = self.config, own
     drop = functools.partial(layers.dropout(cfg.dropout_rate), deterministic=deterministic)
+    x = layers.virtual_of_layer(x, tokens, virtual_embeddings, layer, cfg.vocab_size)
     y = _norm(cfg, 'pre_attention_layer_norm')(x)
     y = drop(_attention(cfg, 'attention')(y, y, bias, mask, deterministic=deterministic,
-                                          prefix=prefix))
-    x += adapters.at('encoder_attention', self.layer)(y)
+                                          prefix=prefix.at('encoder', layer)))
+    x += adapters.at('encoder_attention', layer)(y)
     y = _norm(cfg, 'pre_mlp_layer_norm')(x)
-    x += adapters.at('encoder_mlp', self.layer)(drop(_mlp(cfg)(y, deterministic)))
-    return partitioning.with_sharding_constraint(x, ('batch', 'length', 'embed'))
+    x += adapters.at('encoder_mlp', layer)(drop(_mlp(cfg)(y, deterministic)))
+    return partitioning.with_sharding_constraint(x, ('batch', 'length', 'embed')), None
 
 
 class Encoder(nn.Module):
@@ -132,41 +138,38 @@ class Encoder(nn.Module):
     positions = jnp.arange(x.shape[1])
     bias = _position_bias(cfg, bidirectional=True)(positions, positions)
     x = layers.dropout(cfg.dropout_rate)(x, deterministic=deterministic)
-    for i in range(cfg.num_encoder_layers):
-      if i:
-        x = self.token_embedder.virtual(x, tokens, virtual_embeddings, i)
-      x = EncoderLayer(cfg, i, name=f'layers_{i}')(x, bias, mask, deterministic,
-                                                   prefix.at('encoder', i), adapters)
+    stack = layer_stack.make(EncoderLayer, cfg, cfg.num_encoder_layers, static=(6,), shared=7,
+                             name='layers')
+    x, _ = layer_stack.run(stack, cfg.num_encoder_layers, x, None, tokens, bias, mask,
+                           deterministic, virtual_embeddings, prefix, adapters)
     x = _norm(cfg, 'encoder_norm')(x)
     return layers.dropout(cfg.dropout_rate, broadcast=False)(x, deterministic=deterministic)
 
 
 class DecoderLayer(nn.Module):
   config: T5Config
-  layer: int
 
   @nn.compact
-  def __call__(self, x: Array, encoded: Array, bias: Array, self_mask: Array | None,
-               cross_mask: Array | None, deterministic: bool, cache_index: Array | None = None,
-               cache_length: int | None = None, self_prefix: LayerPrefix | None = None,
-               cross_prefix: LayerPrefix | None = None,
-               adapters: Adapters = NO_ADAPTERS) -> Array:
+  def __call__(self, x: Array, own: tuple[Array | int, None], encoded: Array, bias: Array,
+               self_mask: Array | None, cross_mask: Array | None, deterministic: bool,
+               cache_index: Array | None, cache_length: int | None, prefix: Prefix,
+               adapters: Adapters) -> tuple[Array, None]:
     """x: [B, S, D], encoded: [B, T, D] -> [B, S, D]."""
-    cfg = self.config
+    cfg, (layer, _) = self.config, own
     drop = functools.partial(layers.dropout(cfg.dropout_rate), deterministic=deterministic)
     y = _norm(cfg, 'pre_self_attention_layer_norm')(x)
     y = drop(_attention(cfg, 'self_attention')(
         y, y, bias, self_mask, deterministic=deterministic, cache_index=cache_index,
-        cache_length=cache_length, prefix=self_prefix))
-    x += adapters.at('decoder_attention', self.layer)(y)
+        cache_length=cache_length, prefix=prefix.at('decoder', layer)))
+    x += adapters.at('decoder_attention', layer)(y)
     y = _norm(cfg, 'pre_cross_attention_layer_norm')(x)
     y = drop(_attention(cfg, 'encoder_decoder_attention')(
         y, encoded, None, cross_mask, deterministic=deterministic, cross=True,
-        prefix=cross_prefix))
-    x += adapters.at('cross_attention', self.layer)(y)
+        prefix=prefix.at('cross', layer)))
+    x += adapters.at('cross_attention', layer)(y)
     y = _norm(cfg, 'pre_mlp_layer_norm')(x)
-    x += adapters.at('decoder_mlp', self.layer)(drop(_mlp(cfg)(y, deterministic)))
-    return partitioning.with_sharding_constraint(x, ('batch', 'length', 'embed'))
+    x += adapters.at('decoder_mlp', layer)(drop(_mlp(cfg)(y, deterministic)))
+    return partitioning.with_sharding_constraint(x, ('batch', 'length', 'embed')), None
 
 
 class Decoder(nn.Module):
@@ -188,19 +191,16 @@ class Decoder(nn.Module):
     index = length = None
     if decode:
       length = max_decode_length or x.shape[1]
-      filled = self.has_variable('cache', 'cache_index')
-      next_index = self.variable('cache', 'cache_index', lambda: jnp.zeros((), jnp.int32))
-      if filled:
-        index = next_index.value
+      index = layer_stack.advance(self, x.shape[1])
+      if index is not None:
         query_positions, key_positions = index + query_positions, jnp.arange(length)
-        next_index.value = index + x.shape[1]
       self_mask = masks.causal(query_positions, key_positions)
     bias = _position_bias(cfg, bidirectional=False)(query_positions, key_positions)
     x = layers.dropout(cfg.dropout_rate)(x, deterministic=deterministic)
-    for i in range(cfg.num_decoder_layers):
-      x = DecoderLayer(cfg, i, name=f'layers_{i}')(
-          x, encoded, bias, self_mask, cross_mask, deterministic, index, length,
-          prefix.at('decoder', i), prefix.at('cross', i), adapters)
+    stack = layer_stack.make(DecoderLayer, cfg, cfg.num_decoder_layers, static=(7, 9), shared=9,
+                             name='layers')
+    x, _ = layer_stack.run(stack, cfg.num_decoder_layers, x, None, encoded, bias, self_mask,
+                           cross_mask, deterministic, index, length, prefix, adapters)
     x = _norm(cfg, 'decoder_norm')(x)
     x = layers.dropout(cfg.dropout_rate)(x, deterministic=deterministic)
     if cfg.logits_via_embedding:
@@ -220,7 +220,11 @@ class Transformer(nn.Module):
   """
 
   config: T5Config
-  scan_layers: bool = False  # read by T5X; layers here are unrolled
+
+  @property
+  def scan_layers(self) -> bool:
+    """Read by T5X."""
+    return self.config.scan_layers
 
   def setup(self):
     cfg = self.config

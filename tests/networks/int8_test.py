@@ -1,0 +1,108 @@
+"""Laws of weights in eight bits: how far off they are, and what is computed with them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prompt_tuning_jax import param_paths, prompted_model
+from prompt_tuning_jax.networks import int8, layer_stack, parameters, t5
+from prompt_tuning_jax.prompted_model import Added, PromptedModel
+
+RNG = np.random.default_rng(0)
+CONFIG = t5.T5Config(vocab_size=40, emb_dim=24, num_heads=2, num_encoder_layers=2,
+                     num_decoder_layers=2, head_dim=8, mlp_dim=32)
+
+
+def random(*shape):
+  return RNG.normal(size=shape).astype(np.float32)
+
+
+def quantized(weights, axis=-2):
+  values, scale = int8.quantize(weights, axis)
+  return int8.Quantized(jnp.asarray(values), jnp.asarray(scale))
+
+
+def test_a_weight_is_at_most_half_a_step_off():
+  weights = random(50, 30) * np.exp(random(30))
+  leaf = quantized(weights)
+  assert leaf.values.dtype == jnp.int8 and leaf.scale.shape == (1, 30)
+  largest = np.abs(weights).max(axis=0)
+  np.testing.assert_array_equal(np.abs(leaf.values).max(axis=0), 127)
+  assert np.all(np.abs(leaf.dequantized() - weights) <= largest / 254 * (1 + 1e-5))
+
+
+def test_what_is_all_zeros_stays_so():
+  weights = random(6, 3)
+  weights[:, 1] = 0
+  made = np.asarray(quantized(weights).dequantized())
+  assert np.all(made[:, 1] == 0) and np.all(np.isfinite(made))
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(jnp.float32, 1e-6), (jnp.bfloat16, 2 ** -7)],
+                         ids=['float32', 'bfloat16'])
+def test_products_are_those_of_the_dequantized_weights(dtype, tolerance):
+  """Forward, with a wider result, and backward: the scale is outside of the product."""
+  kernel, x = quantized(random(16, 8)), jnp.asarray(random(3, 5, 16), dtype)
+  whole = kernel.dequantized()
+  wide = int8.dot(x, kernel, jnp.float32)
+  assert int8.dot(x, kernel).dtype == dtype and wide.dtype == jnp.float32
+  ask = lambda kernel: jax.grad(lambda x: jnp.sum(jnp.sin(int8.dot(x, kernel, jnp.float32))))
+  # In float32 throughout, so that only the product under test is rounded.
+  exact = jnp.sin(x.astype(jnp.float32) @ whole)
+  np.testing.assert_allclose(jnp.sin(wide), exact, atol=10 * tolerance)
+  gradient, wanted = ask(kernel)(x), ask(whole)(x.astype(jnp.float32))
+  assert gradient.dtype == dtype
+  assert np.max(np.abs(gradient - wanted)) <= 10 * tolerance * np.max(np.abs(wanted))
+
+
+def test_rows_of_a_table_and_none():
+  table = random(7, 4)
+  leaf = quantized(table, -1)
+  rows = int8.take(leaf, jnp.array([[3, 0], [6, 7]]), jnp.float32)
+  np.testing.assert_array_equal(rows[0], leaf.dequantized()[jnp.array([3, 0])])
+  assert np.all(np.isnan(rows[1, 1])) and np.all(np.isfinite(rows[1, 0]))
+
+
+def quantized_params(params):
+  return param_paths.unflatten({
+      path: leaf if (axis := int8.reduced_axis(path)) is None else quantized(leaf, axis)
+      for path, leaf in param_paths.flatten(params).items()})
+
+
+@pytest.mark.parametrize('tied', [True, False], ids=['tied', 'untied'])
+def test_a_network_computes_with_the_dequantized_weights(tied):
+  """Logits and the prompt's gradient, unrolled and scanned; the shapes are as foretold."""
+  config = dataclasses.replace(CONFIG, logits_via_embedding=tied)
+  params = param_paths.unflatten({
+      path: random(*spec.shape) * (spec.shape[0] ** -0.5 if len(spec.shape) > 1 else 1)
+      for path, spec in parameters.parameter_specs(config).items()})
+  small = quantized_params(params)
+  whole = jax.tree.map(lambda x: x.dequantized() if isinstance(x, int8.Quantized) else x, small,
+                       is_leaf=lambda x: isinstance(x, int8.Quantized))
+  scanned = dataclasses.replace(config, scan_layers=True)
+  stacked = quantized_params(param_paths.unflatten(
+      layer_stack.scanned(param_paths.flatten(params))))
+  describe = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, jnp.dtype(leaf.dtype)), tree)
+  assert describe(parameters.shapes(config, 'int8')) == describe(small)
+  assert describe(parameters.shapes(scanned, 'int8')) == describe(stacked)
+
+  tokens, targets = (RNG.integers(2, 40, (2, size)).astype(np.int32) for size in (7, 4))
+  tokens[:, :3] = 40 + np.arange(3)
+  batch = {'encoder_input_tokens': tokens, 'decoder_input_tokens': targets,
+           'decoder_target_tokens': targets}
+
+  def run(config, params):
+    def loss(rows):
+      outputs = prompted_model.logits(PromptedModel(config.network()), params, batch,
+                                      added=Added(rows))
+      return jnp.sum(jnp.sin(outputs)), outputs
+    gradient, outputs = jax.jit(jax.grad(loss, has_aux=True))(rows)
+    return np.concatenate([np.ravel(gradient), np.ravel(outputs)])
+
+  rows = random(3, 24)
+  wanted = run(config, whole)
+  for made in (run(config, small), run(scanned, stacked)):
+    assert np.max(np.abs(made - wanted)) <= 1e-5 * np.max(np.abs(wanted))
