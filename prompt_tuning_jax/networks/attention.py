@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen import partitioning
 
-from prompt_tuning_jax.networks import layers
+from prompt_tuning_jax.networks import fused_attention, layers
 from prompt_tuning_jax.networks.prefix import LayerPrefix
 from prompt_tuning_jax.types import Array, DType
 
@@ -52,8 +52,10 @@ def _logits(query: Array, key: Array, bias: Array | None, mask: Array | None) ->
 
 def attend(query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None,
            drop: nn.Dropout | None = None, deterministic: bool = True,
-           context: Context | None = None) -> Array:
+           context: Context | None = None, implementation: str = 'xla') -> Array:
   """softmax(query @ key + bias) @ value; logits and softmax in float32.
+
+  Another `implementation` (`fused_attention`) is for many queries: a step of decoding has one.
 
   Args:
     query: [B, N, T, H].
@@ -66,6 +68,9 @@ def attend(query: Array, key: Array, value: Array, bias: Array | None, mask: Arr
   Returns:
     [B, N, T, H] of the query's type.
   """
+  if implementation != 'xla' and query.shape[2] > 1:
+    return fused_attention.attend(implementation, query, *_joined(key, value, bias, mask, context),
+                                  drop, deterministic)
   logits = _logits(query, key, bias, mask)
   if context is not None:
     before = _logits(query, context.key, context.bias, context.mask)
@@ -80,10 +85,22 @@ def attend(query: Array, key: Array, value: Array, bias: Array | None, mask: Arr
           + jnp.matmul(weights[..., own:], context.value))
 
 
+def _joined(key: Array, value: Array, bias: Array | None, mask: Array | None,
+            context: Context | None) -> tuple[Array, Array, Array | None, Array | None]:
+  """Keys, values, bias and mask with those of the context, all of them or none, behind them."""
+  if context is None:
+    return key, value, bias, mask
+  behind = lambda own, other: None if own is None else jnp.concatenate(
+      [jnp.broadcast_to(own, (*other.shape[:2], *own.shape[2:])), other], axis=-1)
+  return (behind(key, context.key), jnp.concatenate([value, context.value], axis=-2),
+          behind(bias, context.bias), behind(mask, context.mask))
+
+
 class MultiHeadAttention(nn.Module):
   """Attention with T5X's parameters `query`, `key`, `value`, `out`, all [D, N*H] or [N*H, D].
 
-  `use_bias` adds a bias to each of the four; `scale` divides the logits by sqrt(H).
+  `use_bias` adds a bias to each of the four; `scale` divides the logits by sqrt(H);
+  `implementation` is one of `fused_attention.IMPLEMENTATIONS`.
 
   Two caches serve decoding. Collection `cache` holds the keys and values of the tokens so far
   (self-attention). Collection `cross_cache`, where the caller makes it mutable or passes it, holds
@@ -96,6 +113,7 @@ class MultiHeadAttention(nn.Module):
   dtype: DType = jnp.float32
   use_bias: bool = False
   scale: bool = False
+  implementation: str = 'xla'
 
   def _heads(self, name: str, x: Array, kernel_init=_KERNEL_INIT) -> Array:
     """[B, T, D] -> [B, T, N, H]."""
@@ -146,7 +164,8 @@ class MultiHeadAttention(nn.Module):
     # For whoever asks for the weights (`analysis.attention_mass`); for others it does nothing.
     self.sow('intermediates', 'attends', (query, key, bias, mask, context))
     drop = layers.dropout(self.dropout_rate)
-    out = attend(query, key, value, bias, mask, drop, deterministic, context)
+    out = attend(query, key, value, bias, mask, drop, deterministic, context,
+                 self.implementation)
     out = out.transpose(0, 2, 1, 3).reshape(*inputs_q.shape[:-1], self.num_heads * self.head_dim)
     out = layers.Dense(inputs_q.shape[-1], ('joined_kv', 'embed'), self.dtype, _KERNEL_INIT,
                        use_bias=self.use_bias, name='out')(out)

@@ -43,7 +43,8 @@ class GPTConfig:
       scaled by emb_dim ** -0.5.
     has_padding_row: row 0 of the table is padding that the network was trained with. False: it
       was not (GPT-2 has no padding id); the row stands for the start of a text, and has no logit.
-    scan_layers, remat_policy: how layers are run (`networks.layer_stack`), not what they compute.
+    scan_layers, remat_policy, attention: how layers are run (`networks.layer_stack`,
+      `networks.fused_attention`), not what they compute.
   """
 
   vocab_size: int
@@ -65,11 +66,12 @@ class GPTConfig:
   relative_attention_max_distance: int = 128
   scan_layers: bool = False
   remat_policy: str = 'none'
+  attention: str = 'xla'
 
   def __post_init__(self):
     object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
     layers.check_settings(self.mlp_activations, self.dtype)
-    layer_stack.check_settings(self.remat_policy)
+    layer_stack.check_settings(self.remat_policy, self.attention)
 
   # Where the embedding table is, and the modules that make each place's keys and values.
   embedding = 'decoder/token_embedder/embedding'
@@ -119,7 +121,7 @@ class DecoderLayer(nn.Module):
     y = _norm(cfg, 'pre_self_attention_layer_norm')(x)
     y, keys_values = attention.MultiHeadAttention(
         cfg.num_heads, cfg.head_dim, cfg.dropout_rate, dtype, cfg.use_bias, cfg.scale_queries,
-        name='self_attention').with_keys_values(
+        cfg.attention, name='self_attention').with_keys_values(
             y, y, bias, mask, deterministic=deterministic, cache_index=cache_index,
             cache_length=cache_length, prefix=prefix.at('decoder', layer), context=context)
     x += adapters.at('decoder_attention', layer)(drop(y))

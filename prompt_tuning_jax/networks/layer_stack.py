@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen import partitioning
 
+from prompt_tuning_jax.networks import fused_attention
 from prompt_tuning_jax.types import Array, PyTree
 
 # What the forward pass keeps for the backward pass, under T5X's names: all that JAX would, the
@@ -27,8 +28,11 @@ _SCANNED = ('params', 'changes', 'cache', 'cross_cache', 'intermediates')
 _ONE, _ALL = re.compile(r'(?<=/)layers_(\d+)(?=/)'), re.compile(r'(?<=/)layers(?=/)')
 
 
-def check_settings(remat_policy: str) -> None:
-  """Raises ValueError for a policy that there is none of."""
+def check_settings(remat_policy: str, attention: str) -> None:
+  """Raises ValueError for a name that there is none of."""
+  if attention not in fused_attention.IMPLEMENTATIONS:
+    raise ValueError(f'attention must be one of {fused_attention.IMPLEMENTATIONS}, got '
+                     f'{attention!r}.')
   if remat_policy not in REMAT_POLICIES:
     raise ValueError(f'remat_policy must be one of {tuple(REMAT_POLICIES)}, got {remat_policy!r}.')
 

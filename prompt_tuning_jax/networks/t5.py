@@ -28,8 +28,8 @@ class T5Config:
   `vocab_size` counts the rows of the embedding table (32,128 for T5), not the pieces of the
   vocabulary. `logits_via_embedding` ties the output layer to the embedding table and scales its
   input by emb_dim ** -0.5 (T5 1.0). `dtype` is that of activations; parameters keep theirs.
-  `scan_layers` and `remat_policy` say how layers are run (`networks.layer_stack`), not what they
-  compute.
+  `scan_layers` and `remat_policy` (`networks.layer_stack`) and `attention`
+  (`networks.fused_attention`) say how layers are run, not what they compute.
   """
 
   vocab_size: int
@@ -47,11 +47,12 @@ class T5Config:
   relative_attention_max_distance: int = 128
   scan_layers: bool = False
   remat_policy: str = 'none'
+  attention: str = 'xla'
 
   def __post_init__(self):
     object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
     layers.check_settings(self.mlp_activations, self.dtype)
-    layer_stack.check_settings(self.remat_policy)
+    layer_stack.check_settings(self.remat_policy, self.attention)
 
   max_positions = None  # Positions are relative: texts may be of any length.
   # Where the embedding table is, and the modules that make each place's keys and values.
@@ -90,7 +91,7 @@ def _norm(cfg: T5Config, name: str) -> layers.LayerNorm:
 
 def _attention(cfg: T5Config, name: str) -> MultiHeadAttention:
   return MultiHeadAttention(cfg.num_heads, cfg.head_dim, cfg.dropout_rate, jnp.dtype(cfg.dtype),
-                            name=name)
+                            implementation=cfg.attention, name=name)
 
 
 def _mlp(cfg: T5Config) -> layers.MlpBlock:
@@ -126,15 +127,13 @@ class EncoderLayer(nn.Module):
 
 class Encoder(nn.Module):
   config: T5Config
-  token_embedder: layers.Embed
 
   @nn.compact
-  def __call__(self, tokens: Array, mask: Array, deterministic: bool,
+  def __call__(self, x: Array, tokens: Array, mask: Array, deterministic: bool,
                virtual_embeddings: Array | None = None, prefix: Prefix = NO_PREFIX,
                adapters: Adapters = NO_ADAPTERS) -> Array:
-    """tokens: [B, T], mask: [B, 1, T, T] -> [B, T, D]."""
+    """tokens: [B, T], embedded x: [B, T, D], mask: [B, 1, T, T] -> [B, T, D]."""
     cfg = self.config
-    x = self.token_embedder(tokens, virtual_embeddings)
     positions = jnp.arange(x.shape[1])
     bias = _position_bias(cfg, bidirectional=True)(positions, positions)
     x = layers.dropout(cfg.dropout_rate)(x, deterministic=deterministic)
@@ -229,21 +228,26 @@ class Transformer(nn.Module):
   def setup(self):
     cfg = self.config
     self.token_embedder = layers.Embed(cfg.vocab_size, cfg.emb_dim, jnp.dtype(cfg.dtype))
-    self.encoder = Encoder(cfg, self.token_embedder)
+    self.encoder = Encoder(cfg)
     self.decoder = Decoder(cfg, self.token_embedder)
 
   def encode(self, encoder_input_tokens: Array, encoder_segment_ids: Array | None = None,
              encoder_positions: Array | None = None, enable_dropout: bool = True, *,
              virtual_embeddings: Array | None = None, prefix: Prefix = NO_PREFIX,
-             adapters: Adapters = NO_ADAPTERS) -> Array:
-    """encoder_input_tokens: [B, T] int32 -> [B, T, D]."""
+             adapters: Adapters = NO_ADAPTERS, embedded: Array | None = None) -> Array:
+    """encoder_input_tokens: [B, T] int32 -> [B, T, D].
+
+    `embedded` are the tokens as `token_embedder` gives them, where the caller has them already.
+    """
     del encoder_positions
+    if embedded is None:
+      embedded = self.token_embedder(encoder_input_tokens, virtual_embeddings)
     live = encoder_input_tokens > 0
     mask = masks.pairwise(live, live)
     if encoder_segment_ids is not None:
       mask &= masks.same_segment(encoder_segment_ids, encoder_segment_ids)
-    return self.encoder(encoder_input_tokens, mask, not enable_dropout, virtual_embeddings, prefix,
-                        adapters)
+    return self.encoder(embedded, encoder_input_tokens, mask, not enable_dropout,
+                        virtual_embeddings, prefix, adapters)
 
   def decode(self, encoded: Array, encoder_input_tokens: Array, decoder_input_tokens: Array,
              decoder_target_tokens: Array, encoder_segment_ids: Array | None = None,
@@ -251,11 +255,12 @@ class Transformer(nn.Module):
              enable_dropout: bool = True, decode: bool = False,
              max_decode_length: int | None = None, *,
              virtual_embeddings: Array | None = None, prefix: Prefix = NO_PREFIX,
-             adapters: Adapters = NO_ADAPTERS) -> Array:
+             adapters: Adapters = NO_ADAPTERS, embedded: Array | None = None) -> Array:
     """encoded: [B, T, D], the tokens: [B, T] and [B, S] int32 -> logits [B, S, V] float32.
 
     With `decode` the variables need a mutable `cache` (see `Decoder`), and masks come from it.
     Decoder segments without encoder segments are several targets of one input (candidates).
+    `embedded` are the decoder's inputs as `token_embedder` gives them.
     """
     del decoder_positions
     if decode and (encoder_segment_ids is not None or decoder_segment_ids is not None):
@@ -275,7 +280,8 @@ class Transformer(nn.Module):
       self_mask &= masks.same_segment(decoder_segment_ids, decoder_segment_ids)
       if encoder_segment_ids is not None:
         cross_mask &= masks.same_segment(decoder_segment_ids, encoder_segment_ids)
-    embedded = self.token_embedder(decoder_input_tokens, virtual_embeddings)
+    if embedded is None:
+      embedded = self.token_embedder(decoder_input_tokens, virtual_embeddings)
     return self.decoder(embedded, encoded, self_mask, cross_mask, not enable_dropout, decode,
                         max_decode_length, prefix, adapters)
 
@@ -286,10 +292,14 @@ class Transformer(nn.Module):
                decode: bool = False, *, virtual_embeddings: Array | None = None,
                prefix: Prefix = NO_PREFIX, adapters: Adapters = NO_ADAPTERS) -> Array:
     """Tokens [B, T] and [B, S] int32 -> logits [B, S, V] float32 (teacher forcing)."""
+    # Looked up at once, so that devices sum up one gradient of a prompt's rows, not two.
+    tokens = jnp.concatenate([encoder_input_tokens, decoder_input_tokens], axis=1)
+    inputs, targets = jnp.split(self.token_embedder(tokens, virtual_embeddings),
+                                [encoder_input_tokens.shape[1]], axis=1)
     encoded = self.encode(encoder_input_tokens, encoder_segment_ids, encoder_positions,
                           enable_dropout, virtual_embeddings=virtual_embeddings, prefix=prefix,
-                          adapters=adapters)
+                          adapters=adapters, embedded=inputs)
     return self.decode(encoded, encoder_input_tokens, decoder_input_tokens, decoder_target_tokens,
                        encoder_segment_ids, decoder_segment_ids, decoder_positions, enable_dropout,
                        decode, virtual_embeddings=virtual_embeddings, prefix=prefix,
-                       adapters=adapters)
+                       adapters=adapters, embedded=targets)

@@ -1,0 +1,80 @@
+"""Attention in one kernel, which keeps no logits: cuDNN's on NVIDIA GPUs, Pallas's on TPUs.
+
+Both add a bias to the logits, and what is not to be seen has a very low one. They do not drop
+weights; T5X's dropout drops a key for all queries at once, which is the same as dropping its value.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from prompt_tuning_jax.types import Array
+
+IMPLEMENTATIONS = ('xla', 'cudnn', 'pallas')
+MASKED = -1e10
+_MULTIPLE = {'cudnn': 2, 'pallas': 128}  # of positions; more are added, which nobody sees
+
+
+def chosen(attention: str, config: Any, backend: str, devices: int = 1) -> str:
+  """Which of IMPLEMENTATIONS a network of `config` uses on this backend; 'auto' is the best for it.
+
+  Raises ValueError for one that the backend or the network does not fit.
+  """
+  fits = {'xla': None}
+  fits['cudnn'] = (
+      'needs an NVIDIA GPU' if backend not in ('gpu', 'cuda') else
+      "needs ACTIVATION_DTYPE='bfloat16'" if config.dtype != 'bfloat16' else
+      f'needs a head_dim of a multiple of 8 up to 128, got {config.head_dim}'
+      if config.head_dim % 8 or config.head_dim > 128 else None)
+  fits['pallas'] = ('needs a TPU' if backend != 'tpu' else
+                    f'runs on one device, got {devices}' if devices > 1 else None)
+  if attention == 'auto':
+    return next(name for name in ('cudnn', 'pallas', 'xla') if not fits[name])
+  if attention not in fits:
+    raise ValueError(f"ATTENTION must be one of {('auto', *fits)}, got {attention!r}.")
+  if fits[attention]:
+    raise ValueError(f'ATTENTION={attention!r} {fits[attention]} (this is {backend}): take '
+                     "'auto'.")
+  return attention
+
+
+def attend(implementation: str, query: Array, key: Array, value: Array, bias: Array | None,
+           mask: Array | None, drop: nn.Dropout | None = None,
+           deterministic: bool = True) -> Array:
+  """`attention.attend`: query [B, N, T, H], key [B, N, H, S], value [B, N, S, H] -> [B, N, T, H].
+
+  Bias and mask are cast to the dtype of the query, and so are weights within the kernel.
+  """
+  batch, heads, queries, _ = query.shape
+  keys = key.shape[-1]
+  if drop is not None and not deterministic:
+    kept = drop(jnp.ones((batch, heads, 1, keys), value.dtype), deterministic=False)
+    value *= kept.swapaxes(-1, -2)
+  if bias is None:
+    bias = jnp.zeros((1, 1, 1, 1), query.dtype)
+  if mask is not None:
+    bias = jnp.where(mask, bias, MASKED)
+  bias = jnp.broadcast_to(bias.astype(query.dtype), (batch, heads, queries, keys))
+  more_queries, more_keys = (-size % _MULTIPLE[implementation] for size in (queries, keys))
+  longer = lambda x, more: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0)))
+  bias = jnp.pad(longer(bias, more_queries), ((0, 0),) * 3 + ((0, more_keys),),
+                 constant_values=MASKED)
+  kernel = _pallas if implementation == 'pallas' else _cudnn
+  out = kernel(longer(query, more_queries), longer(key.swapaxes(-1, -2), more_keys),
+               longer(value, more_keys), bias)
+  return out[:, :, :queries]
+
+
+def _cudnn(query: Array, key: Array, value: Array, bias: Array) -> Array:
+  by_position = lambda x: x.swapaxes(1, 2)
+  return by_position(jax.nn.dot_product_attention(
+      by_position(query), by_position(key), by_position(value), bias, scale=1.0,
+      implementation='cudnn'))
+
+
+def _pallas(query: Array, key: Array, value: Array, bias: Array) -> Array:
+  from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
+  # The kernel scales after it has added the bias, so the scale has to be 1.
+  return flash_attention(query, key, value, bias, sm_scale=1.0)

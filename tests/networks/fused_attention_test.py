@@ -1,0 +1,133 @@
+"""Fused attention computes what plain attention does; only its wrapper is run here, on the CPU."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.experimental.pallas import tpu as pltpu
+
+from prompt_tuning_jax.networks import attention, fused_attention, layers, t5
+
+RNG = np.random.default_rng(0)
+CONFIG = t5.T5Config(vocab_size=40, emb_dim=16, num_heads=2, num_encoder_layers=1,
+                     num_decoder_layers=1, head_dim=8, mlp_dim=32, dtype='bfloat16')
+
+
+def random(*shape):
+  return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+def example(queries, keys):
+  """query, key, value, bias, mask of 2 rows, 3 heads; every query sees something."""
+  mask = jnp.asarray(RNG.random((2, 1, queries, keys)) < 0.7).at[..., 0].set(True)
+  return (random(2, 3, queries, 8), random(2, 3, 8, keys), random(2, 3, keys, 8),
+          random(1, 3, queries, keys), mask)
+
+
+@pytest.fixture
+def cudnn_is_xla(monkeypatch):
+  """JAX's own computation in the place of cuDNN's, with the same arguments."""
+  real = jax.nn.dot_product_attention
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', lambda *args, implementation, **kwargs: real(
+      *args, implementation={'cudnn': 'xla'}[implementation], **kwargs))
+
+
+def both(implementation, arrays, **kwargs):
+  """Output and gradients of plain and of fused attention."""
+  def run(implementation, query, key, value):
+    total = lambda *x: jnp.sum(jnp.sin(attention.attend(
+        *x, *arrays[3:], implementation=implementation, **kwargs)))
+    return (attention.attend(query, key, value, *arrays[3:], implementation=implementation,
+                             **kwargs), jax.grad(total, (0, 1, 2))(query, key, value))
+  run = jax.jit(run, static_argnums=0)
+  return run('xla', *arrays[:3]), run(implementation, *arrays[:3])
+
+
+def assert_close(a, b, tolerance=2e-5):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_allclose(x, y, atol=tolerance * float(jnp.max(jnp.abs(x))))
+
+
+@pytest.mark.parametrize('missing', ['', 'bias', 'mask'], ids=lambda name: name or 'all')
+def test_the_wrapper_of_cudnn(cudnn_is_xla, missing):
+  """Also of odd lengths, for which it adds positions."""
+  arrays = list(example(5, 7))
+  if missing:
+    arrays[3 if missing == 'bias' else 4] = None
+  assert_close(*both('cudnn', arrays))
+
+
+def test_a_context_is_seen(cudnn_is_xla):
+  arrays = example(4, 6)
+  _, key, value, bias, mask = example(4, 3)
+  assert_close(*both('cudnn', arrays, context=attention.Context(key, value, bias, mask)))
+
+
+def test_dropped_values_are_dropped_weights(cudnn_is_xla):
+  arrays = example(4, 6)
+
+  def run(implementation):
+    # A module of its own, so that both draw from the same place.
+    drop = layers.dropout(0.5).bind({}, rngs={'dropout': jax.random.key(3)})
+    return attention.attend(*arrays, drop=drop, deterministic=False,
+                            implementation=implementation)
+
+  assert_close(run('xla'), run('cudnn'))
+  assert np.any(run('xla') != attention.attend(*arrays))
+
+
+@pytest.mark.slow
+def test_the_kernel_of_tpus():
+  with pltpu.force_tpu_interpret_mode():
+    plain, fused = both('pallas', example(9, 130))
+  assert_close(plain, fused, 1e-4)
+
+
+def test_a_step_of_decoding_is_not_fused():
+  """There is no cuDNN here: it would have been told."""
+  arrays = example(1, 6)
+  plain = attention.attend(*arrays)
+  np.testing.assert_array_equal(attention.attend(*arrays, implementation='cudnn'), plain)
+
+
+@pytest.mark.parametrize('backend, dtype, devices, wanted', [
+    ('cpu', 'bfloat16', 1, 'xla'), ('gpu', 'bfloat16', 8, 'cudnn'), ('gpu', 'float32', 1, 'xla'),
+    ('tpu', 'float32', 1, 'pallas'), ('tpu', 'bfloat16', 4, 'xla')])
+def test_the_best_is_chosen(backend, dtype, devices, wanted):
+  config = dataclasses.replace(CONFIG, dtype=dtype)
+  assert fused_attention.chosen('auto', config, backend, devices) == wanted
+
+
+@pytest.mark.parametrize('attention, change, backend, devices, message', [
+    ('cudnn', {}, 'cpu', 1, 'needs an NVIDIA GPU'), ('pallas', {}, 'gpu', 1, 'needs a TPU'),
+    ('cudnn', {'dtype': 'float32'}, 'gpu', 1, "needs ACTIVATION_DTYPE='bfloat16'"),
+    ('cudnn', {'head_dim': 20}, 'gpu', 1, 'multiple of 8 up to 128, got 20'),
+    ('pallas', {}, 'tpu', 4, 'runs on one device, got 4'),
+    ('flash', {}, 'gpu', 1, "must be one of .'auto', 'xla', 'cudnn', 'pallas'., got 'flash'")])
+def test_what_does_not_fit_is_one_line(attention, change, backend, devices, message):
+  with pytest.raises(ValueError, match=message) as error:
+    fused_attention.chosen(attention, dataclasses.replace(CONFIG, **change), backend, devices)
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('platform, implementation', [('cuda', 'cudnn'), ('tpu', 'pallas')])
+def test_a_network_is_lowered_with_the_kernel(platform, implementation, monkeypatch):
+  """Forward and backward, for an accelerator that is not here."""
+  monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000)
+  config = dataclasses.replace(CONFIG, attention=implementation, scan_layers=True)
+  token = jax.ShapeDtypeStruct((2, 12), jnp.int32)
+  apply = functools.partial(config.network().apply, enable_dropout=False)
+  params = jax.eval_shape(functools.partial(config.network().init, enable_dropout=False),
+                          jax.random.key(0), token, token, token)['params']
+  loss = lambda rows, params, *tokens: jnp.sum(apply({'params': params}, *tokens,
+                                                     virtual_embeddings=rows))
+  disabled = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (
+      '__cudnn$fmhaScaleBiasSoftmax', '__cudnn$fmhaScaleBiasSoftmaxBackward')]
+  made = jax.export.export(jax.jit(jax.grad(loss)), platforms=[platform], disabled_checks=disabled)(
+      jax.ShapeDtypeStruct((3, 16), jnp.float32), params, token, token, token)
+  wanted = {'cuda': '__cudnn$fmhaScaleBiasSoftmaxBackward', 'tpu': 'tpu_custom_call'}[platform]
+  assert wanted in made.mlir_module()
