@@ -1,0 +1,377 @@
+"""Prompt tuning of SST-2 from its texts to its accuracy, against PEFT with transformers' Trainer.
+
+  TFDS_DATA_DIR=… python benchmarks/end_to_end.py --vocabulary=spiece.model
+
+All sides stand in one process and take turns (A B C D A B …) on the same rows, in float32, with the
+same random weights of an untied T5, the same vocabulary, length of prompt, batch size, dropout and
+optimizer (Adafactor). A turn tokenises, trains an epoch and evaluates:
+
+  ours        the token cache, batches in buckets, prefetch, the training step; evaluation by
+              ranking the labels, as `train` does unless told otherwise
+  peft        PEFT's prompt tuning in Seq2SeqTrainer; DataCollatorForSeq2Seq pads each batch to
+              its longest text; evaluation by generating at most as many tokens as the longest
+              label has, the usual way there
+  ours_fixed  ours with batching/fixed.gin: training batches padded to 512 tokens, --fixed_rows
+  peft_fixed  PEFT's with padding='max_length', training and evaluation, as many rows
+
+Both evaluations measure the accuracy of labels. Ranking reads the labels without generating them;
+`generating_rows_per_second` is ours when it generates as PEFT does. Before any timing the sides are
+checked to do the same work: equal tokens, and equal losses without dropout. The first turn, in
+which XLA compiles each width of batch once, does not count (`compilation_seconds`, of ours). A
+ratio is that of rows a second, by the medians of turns, by the clock and by the processor's time,
+which says more where others use the machine. Tokenising begins with an empty token cache;
+`warm_seconds` is with a full one. Writes --output and a plot.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from prediction import CLOCKS
+
+from prompt_tuning_jax import launch, optimizers, param_paths
+from prompt_tuning_jax.checkpoints import base_checkpoint
+from prompt_tuning_jax.checkpoints.base_checkpoint import Base
+from prompt_tuning_jax.data import batches, token_cache
+from prompt_tuning_jax.data.prefetch import Prefetch
+from prompt_tuning_jax.data.text_file import TextFile
+from prompt_tuning_jax.data.vocabulary import Vocabulary
+from prompt_tuning_jax.partitioning import Partitioner
+from prompt_tuning_jax.predictor import Predictor
+from prompt_tuning_jax.training import evaluate, methods
+from prompt_tuning_jax.training import state as train_state
+from prompt_tuning_jax.training.step import make_train_step
+
+LENGTHS = {'inputs': 512, 'targets': 8}
+FILES = {'train': 'train.jsonl', 'validation': 'validation.jsonl'}
+FIXED = batches.Buckets((), ())
+PACKAGES = ('jax', 'flax', 'numpy', 'torch', 'transformers', 'peft')
+# Reads TFDS in a process of its own: TensorFlow's threads and memory stay out of the comparison.
+READ = """
+import json, sys
+import tensorflow_datasets as tfds
+folder, *parts = sys.argv[1:]
+for part in parts:
+  split, file, count = part.split(':')
+  with open(f'{folder}/{file}', 'w', encoding='utf-8') as rows:
+    part = tfds.load('glue/sst2:2.0.0', split=f'{split}[:{count}]', download=False)
+    for row in tfds.as_numpy(part):
+      text, label = row['sentence'].decode(), ('negative', 'positive')[row['label']]
+      rows.write(json.dumps({'text': text, 'label': label}) + '\\n')
+"""
+
+Part = Callable[[], object]
+
+
+def read_rows(folder: pathlib.Path, count: int, eval_count: int) -> None:
+  """Writes the first rows of both splits as files of ours."""
+  subprocess.run([sys.executable, '-c', READ, str(folder), f'train:{FILES["train"]}:{count}',
+                  f'validation:{FILES["validation"]}:{eval_count}'], check=True)
+
+
+def texts(folder: pathlib.Path, split: str) -> tuple[list[str], list[str]]:
+  """(inputs, labels) of a split."""
+  rows = [json.loads(line) for line in (folder / FILES[split]).read_text('utf-8').splitlines()]
+  return [row['text'] for row in rows], [row['label'] for row in rows]
+
+
+class Ours:
+  """Our side: `tokenise`, `train` and `evaluate` are the parts of a turn."""
+
+  def __init__(self, base: Base, prompt: np.ndarray, folder: pathlib.Path,
+               flags: argparse.Namespace, fixed: bool = False):
+    self.folder, self.flags = folder, flags
+    self.cache_dir = folder / 'tokens'
+    self.task = TextFile(str(folder / FILES['train']), str(folder / FILES['validation']))
+    self.vocabulary = Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
+    method = methods.PromptTuning(flags.prompt_length)
+    config = dataclasses.replace(base.config, dropout_rate=0.1)
+    self.model = method.model(config)
+    self.virtual = method.virtual_tokens(config.vocab_size)
+    self.buckets, self.partitioner = (FIXED if fixed else None), Partitioner()
+    self.trainable, self.frozen = {'prompt': {'embedding': prompt}}, base.params
+    self.optimizer = optimizers.adafactor()
+    self.step = make_train_step(self.model, self.optimizer, seed=0, z_loss=0.0)
+    self.predictor = Predictor(self.model, self.vocabulary, self.virtual, flags.batch_size,
+                               flags.label_tokens, self.partitioner)
+    self.tokenise(warm=True)
+
+  def tokenise(self, warm: bool = False) -> None:
+    """Makes the token caches of both splits, or opens them."""
+    if not warm:
+      shutil.rmtree(self.cache_dir, ignore_errors=True)
+    self.caches = {split: token_cache.open_or_build(self.task, split, self.vocabulary, LENGTHS,
+                                                    self.cache_dir) for split in FILES}
+
+  def train(self) -> None:
+    """One epoch from the first prompt."""
+    cache = self.caches['train']
+    source = batches.TrainBatches([cache], self.flags.batch_size, 0, self.virtual, self.buckets)
+    state = train_state.create(jax.tree.map(jax.numpy.array, self.trainable), self.optimizer)
+    put = lambda step: self.partitioner.put_batch(source.batch_at(step))
+    with Prefetch(put) as feed:
+      for _ in range(cache.num_examples // self.flags.batch_size):
+        state, _ = self.step(state, self.frozen, next(feed))
+      jax.block_until_ready(state)
+    self.trained = state.trainable
+
+  def evaluate(self, rank_labels: bool = True) -> dict:
+    """The accuracy of the validation rows."""
+    measure = evaluate.Evaluator(self.predictor, self.caches['validation'],
+                                 rank_labels=rank_labels)
+    return measure(param_paths.merge(self.trained, self.frozen)).values
+
+  def loss(self) -> float:
+    """Nats of a target token of the first training rows, with the first prompt and no dropout."""
+    self.trained = self.trainable
+    cache, count = self.caches['train'], self.flags.batch_size
+    targets = [cache.targets(i) for i in range(count)]
+    scores = self.predictor.score(param_paths.merge(self.trainable, self.frozen),
+                                  [cache.inputs(i) for i in range(count)], targets)
+    return -float(np.sum(scores)) / sum(map(len, targets))
+
+  def ids(self, split: str) -> list[list[int]]:
+    cache = self.caches[split]
+    return [cache.inputs(i).tolist() for i in range(cache.num_examples)]
+
+
+class Peft:
+  """PEFT's side, the same parts."""
+
+  def __init__(self, base: Base, prompt: np.ndarray, folder: pathlib.Path,
+               flags: argparse.Namespace, fixed: bool = False):
+    import peft
+    import torch
+    import transformers
+    torch.set_num_threads(flags.threads)
+    self.folder, self.flags, self.fixed, self.torch = folder, flags, fixed, torch
+    self.transformers = transformers
+    base_checkpoint.write(folder / 'base', base.config, base.params, vocabulary=base.vocabulary,
+                          replace=True)
+    self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder / 'base')
+    network = transformers.T5ForConditionalGeneration.from_pretrained(folder / 'base')
+    # One submodule: else PEFT makes a second prompt, for the decoder, that is never used.
+    self.model = peft.get_peft_model(network, peft.PromptTuningConfig(
+        task_type='SEQ_2_SEQ_LM', num_virtual_tokens=len(prompt), num_transformer_submodules=1))
+    self.trained, = (leaf for leaf in self.model.parameters() if leaf.requires_grad)
+    self.start = torch.tensor(prompt)
+    self.reset()
+    self.tokenise()
+
+  def reset(self) -> None:
+    """The first prompt again."""
+    with self.torch.no_grad():
+      self.trained.copy_(self.start)
+
+  def tokenise(self) -> None:
+    """Every row's tokens, as a list that Trainer takes."""
+    padding = {'padding': 'max_length'} if self.fixed else {}
+    self.data = {}
+    for split in FILES:
+      inputs, labels = texts(self.folder, split)
+      rows = self.tokenizer(inputs, truncation=True, max_length=LENGTHS['inputs'], **padding)
+      targets = self.tokenizer(labels, truncation=True, max_length=LENGTHS['targets'])['input_ids']
+      self.data[split] = [
+          {'input_ids': ids, 'attention_mask': mask, 'labels': target} for ids, mask, target
+          in zip(rows['input_ids'], rows['attention_mask'], targets, strict=True)]
+
+  def train(self) -> None:
+    """One epoch from the first prompt."""
+    self.reset()
+    arguments = self.transformers.Seq2SeqTrainingArguments(
+        output_dir=str(self.folder / 'trainer'), num_train_epochs=1, optim='adafactor',
+        per_device_train_batch_size=self.flags.batch_size, learning_rate=0.3,
+        per_device_eval_batch_size=self.flags.batch_size, lr_scheduler_type='constant',
+        save_strategy='no', eval_strategy='no', logging_strategy='no', report_to=[],
+        disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, dataloader_drop_last=True,
+        remove_unused_columns=False, label_names=['labels'], predict_with_generate=True,
+        generation_max_length=self.flags.label_tokens + 1)  # the start token counts there
+    self.trainer = self.transformers.Seq2SeqTrainer(
+        model=self.model, args=arguments, train_dataset=self.data['train'],
+        eval_dataset=self.data['validation'], processing_class=self.tokenizer,
+        data_collator=self.transformers.DataCollatorForSeq2Seq(self.tokenizer),
+        compute_metrics=self._accuracy)
+    self.trainer.train()
+
+  def evaluate(self) -> dict:
+    """The accuracy of the validation rows."""
+    return self.trainer.evaluate()
+
+  def _accuracy(self, predicted) -> dict:
+    decode = lambda ids: self.tokenizer.batch_decode(np.where(ids < 0, 0, ids),
+                                                     skip_special_tokens=True)
+    pairs = list(zip(decode(predicted.predictions), decode(predicted.label_ids), strict=True))
+    return {'accuracy': 100 * sum(a == b for a, b in pairs) / len(pairs)}
+
+  def loss(self) -> float:
+    """As `Ours.loss`."""
+    collate = self.transformers.DataCollatorForSeq2Seq(self.tokenizer)
+    with self.torch.no_grad():
+      batch = collate(self.data['train'][:self.flags.batch_size])
+      return float(self.model.eval()(**batch).loss)
+
+  def ids(self, split: str) -> list[list[int]]:
+    return [row['input_ids'] for row in self.data[split]]
+
+
+def check_same_work(ours: Ours, theirs: Peft) -> dict[str, float]:
+  """Raises SystemExit where tokens or losses differ; the losses."""
+  for split in FILES:
+    if ours.ids(split) != theirs.ids(split):
+      raise SystemExit(f'The sides have different tokens of {split}.')
+  losses = {'ours': ours.loss(), 'peft': theirs.loss()}
+  if not np.isclose(*losses.values(), rtol=1e-3):
+    raise SystemExit(f'The sides have different losses: {losses}')
+  return losses
+
+
+def timed(part: Part) -> dict[str, float]:
+  """{clock: seconds}."""
+  starts = {clock: now() for clock, now in CLOCKS.items()}
+  part()
+  return {clock: now() - starts[clock] for clock, now in CLOCKS.items()}
+
+
+def take_turns(sides: dict[str, dict[str, Part]], turns: int) -> dict:
+  """{side: {part: {clock: [seconds, …]}}}; the first turn of each side is `first`."""
+  taken = {name: {part: {clock: [] for clock in CLOCKS} for part in parts}
+           for name, parts in sides.items()}
+  for turn in range(turns + 1):
+    for name, parts in sides.items():
+      for part, run in parts.items():
+        for clock, seconds in timed(run).items():
+          taken[name][part][clock].append(seconds)
+      whole = sum(taken[name][part]['seconds'][-1] for part in parts)
+      print(f'turn {turn}, {name}: {whole:.1f} s', file=sys.stderr, flush=True)
+  return taken
+
+
+def summary(taken: dict, rows: dict[str, dict[str, int]]) -> dict:
+  """Medians, rows a second of each part, and how many times as fast ours is."""
+  result = {}
+  for clock in CLOCKS:
+    medians = {name: {part: statistics.median(times[clock][1:]) for part, times in parts.items()}
+               for name, parts in taken.items()}
+    rates = {}
+    for name, parts in medians.items():
+      whole = sum(parts[part] for part in ('tokenise', 'train', 'evaluate'))
+      rates[name] = {'train': rows[name]['train'] / parts['train'],
+                     'evaluate': rows[name]['validation'] / parts['evaluate'],
+                     'whole': sum(rows[name].values()) / whole}
+    ratios = {name: {part: rates['ours'][part] / rate for part, rate in parts.items()}
+              for name, parts in rates.items() if name != 'ours'}
+    result[clock] = {'medians': medians, 'rows_per_second': rates, 'ours_to': ratios}
+  first = {part: times['seconds'][0] for part, times in taken['ours'].items()}
+  later = result['seconds']['medians']['ours']
+  result['compilation_seconds'] = sum(first[part] - later[part] for part in ('train', 'evaluate'))
+  return result
+
+
+def table(result: dict) -> str:
+  """Markdown: a line for each side."""
+  lines = ['| side | tokenise s | training rows/s | evaluated rows/s | whole rows/s | ours is so '
+           'many times as fast: training | evaluation | whole | whole, by the processor |',
+           '|' + '---|' * 9]
+  seconds, processor = result['seconds'], result['processor_seconds']
+  for name, rates in seconds['rows_per_second'].items():
+    ratios = seconds['ours_to'].get(name)
+    cells = [name, f'{seconds["medians"][name]["tokenise"]:.2f}',
+             *(f'{rates[part]:.1f}' for part in ('train', 'evaluate', 'whole')),
+             *(f'{ratios[part]:.2f}' if ratios else '' for part in ('train', 'evaluate', 'whole')),
+             f'{processor["ours_to"][name]["whole"]:.2f}' if ratios else '']
+    lines.append(f'| {" | ".join(cells)} |')
+  return '\n'.join(lines)
+
+
+def plot(result: dict, output: pathlib.Path) -> None:
+  """Rows a second of each part and side."""
+  from matplotlib import figure
+  rates = result['seconds']['rows_per_second']
+  picture = figure.Figure(figsize=(9, 3), layout='constrained')
+  axes = picture.subplots(1, 3)
+  for axis, part in zip(axes, ('train', 'evaluate', 'whole'), strict=True):
+    bars = axis.bar(list(rates), [rate[part] for rate in rates.values()],
+                    color=['C0', 'C1', 'C0', 'C1'])
+    axis.bar_label(bars, fmt='%.1f', fontsize=7)
+    axis.set_title(f'{part}: rows a second', fontsize=9)
+    axis.tick_params(labelsize=7)
+    axis.spines[['top', 'right']].set_visible(False)
+  picture.savefig(output, dpi=120)
+
+
+def measure(flags: argparse.Namespace, folder: pathlib.Path) -> dict:
+  """All of it."""
+  (folder / 'few').mkdir()
+  read_rows(folder, flags.rows, flags.eval_rows)
+  read_rows(folder / 'few', flags.fixed_rows, flags.fixed_rows)
+  base = base_checkpoint.random_base(launch.network_named(flags.network), flags.vocabulary)
+  prompt = np.asarray(base.embedding[:flags.prompt_length], np.float32)
+  words = Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
+  flags.label_tokens = 1 + max(len(words.encode(label)) for label in ('negative', 'positive'))
+  ours, theirs = Ours(base, prompt, folder, flags), Peft(base, prompt, folder, flags)
+  losses = check_same_work(ours, theirs)
+  few = (base, prompt, folder / 'few', flags, True)
+  made = {'ours': ours, 'peft': theirs, 'ours_fixed': Ours(*few), 'peft_fixed': Peft(*few)}
+  sides = {name: {part: getattr(side, part) for part in ('tokenise', 'train', 'evaluate')}
+           for name, side in made.items()}
+  sides['ours'] |= {'warm': functools.partial(ours.tokenise, warm=True),
+                    'generating': functools.partial(ours.evaluate, rank_labels=False)}
+  taken = take_turns(sides, flags.turns)
+  rows = {name: {'train': flags.fixed_rows if 'fixed' in name else flags.rows,
+                 'validation': flags.fixed_rows if 'fixed' in name else flags.eval_rows}
+          for name in made}
+  medians = lambda part: statistics.median(taken['ours'][part]['seconds'][1:])
+  return {**summary(taken, rows), 'losses_of_the_first_batch': losses, 'rows': rows,
+          'warm_seconds': medians('warm'),
+          'generating_rows_per_second': flags.eval_rows / medians('generating'),
+          'mean_tokens': float(np.mean(ours.caches['train'].input_lengths)), 'all': taken}
+
+
+def main():
+  assets = os.environ.get('PROMPT_TUNING_TEST_ASSETS', '')
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--vocabulary', metavar='FILE', required=not assets,
+                      default=f'{assets}/prompt_tuning/test_data/t5_vocab',
+                      help='a SentencePiece file of 32,000 pieces '
+                      '(default: in $PROMPT_TUNING_TEST_ASSETS)')
+  parser.add_argument('--network', default='t5_1_1_small')
+  parser.add_argument('--rows', type=int, default=256, help='training rows')
+  parser.add_argument('--eval_rows', type=int, default=128)
+  parser.add_argument('--fixed_rows', type=int, default=16, help='of each, padded to 512 tokens')
+  parser.add_argument('--batch_size', type=int, default=16)
+  parser.add_argument('--prompt_length', type=int, default=100)
+  parser.add_argument('--turns', type=int, default=5)
+  parser.add_argument('--threads', type=int, default=2,
+                      help='cores of JAX and torch alike; with 1, torch does not wait in circles')
+  parser.add_argument('--output', type=pathlib.Path, metavar='FILE.json')
+  flags = parser.parse_args()
+  # JAX makes a thread for each core that it may use.
+  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-flags.threads:])
+  settings = {name: value for name, value in vars(flags).items()
+              if name not in ('output', 'vocabulary')}
+  settings |= {'processor': platform.machine(),
+               'device': jax.devices()[0].device_kind, 'load_average': os.getloadavg()[0],
+               'versions': {name: importlib.metadata.version(name) for name in PACKAGES}}
+  with tempfile.TemporaryDirectory() as folder:
+    result = {'settings': settings, **measure(flags, pathlib.Path(folder))}
+  print(table(result))
+  if flags.output:
+    flags.output.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
+    plot(result, flags.output.with_suffix('.png'))
+
+
+if __name__ == '__main__':
+  main()
