@@ -26,8 +26,8 @@ class TrainingStates:
   """The saved states of one run, in MODEL_DIR/checkpoints. The base is not among them.
 
   A save is written beside the others and renamed when whole, so a killed process leaves the
-  previous state as it was. It holds the checksums of its files; a state of an earlier version,
-  without them, is read all the same.
+  previous state as it was. On a disk it holds the checksums of its files; a state without them (of
+  an earlier version, or in a bucket, which keeps its own) is read all the same.
   """
 
   def __init__(self, folder: pathlib.Path | epath.Path, keep: int = 2):
@@ -39,8 +39,8 @@ class TrainingStates:
         enable_async_checkpointing=True,
         async_options=ocp.AsyncOptions(post_finalization_callback=self._add_sums))
     try:
-      self._manager = ocp.CheckpointManager(self._folder, options=options,
-                                            item_names=ITEMS)
+      self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers={
+          'state': ocp.StandardCheckpointHandler(), 'records': ocp.JsonCheckpointHandler()})
     except OSError as error:
       raise ValueError(f'{folder} cannot be written: {error.strerror}.') from error
 
@@ -85,14 +85,19 @@ class TrainingStates:
     return None
 
   def _restore(self, step: int, shapes: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    where = self._folder / str(step)
     try:
-      restored = self._manager.restore(step, args=ocp.args.Composite(
+      was, now = _shapes(self._manager.item_metadata(step).state), _shapes(shapes)
+      changed = [f'{name} was {was.get(name, "not there")} and is {now.get(name, "not there")}'
+                 for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)]
+      restored = None if changed else self._manager.restore(step, args=ocp.args.Composite(
           state=ocp.args.StandardRestore(shapes), records=ocp.args.JsonRestore()))
     except Exception as error:
-      raise ValueError(
-          f'The saved state {self._folder / str(step)} cannot be resumed: '
-          f'{str(error).splitlines()[0]} If the method, length or optimizer changed, choose '
-          'another MODEL_DIR; if the files are damaged, remove that folder.') from error
+      raise ValueError(f'The saved state {where} cannot be resumed: {str(error).splitlines()[0]} '
+                       'If its files are damaged, remove that folder.') from error
+    if changed:
+      raise ValueError(f'The saved state {where} cannot be resumed: {", ".join(changed[:3])}. If '
+                       'the method, length or optimizer changed, choose another MODEL_DIR.')
     return restored.state, restored.records
 
   def _set_aside(self, steps: dict[int, str]) -> None:
@@ -161,6 +166,12 @@ def _damage(folder: epath.Path) -> str | None:
   except (ValueError, AttributeError):
     return f'{SUMS} is not what was written'
   return None
+
+
+def _shapes(tree: PyTree) -> dict[str, list]:
+  """{path: shape} of all leaves; of arrays, or of what orbax tells of them."""
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): list(leaf.shape)
+          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _sum(file: epath.Path) -> list:
