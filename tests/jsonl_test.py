@@ -335,3 +335,15 @@ def test_progress_is_a_bar_on_a_terminal_but_not_for_a_second(tmp_path, monkeypa
   monkeypatch.setattr(jsonl, 'DELAY', 0)
   bar = shown()
   assert ' 50%|' in bar.replace(' 49%', ' 50%') and '| 8 rows, ' in bar and '| 16 rows, ' in bar
+
+
+def test_a_flipped_bit_of_what_was_answered_is_answered_again(stopped):
+  source, target = stopped
+  path = pathlib.Path(target + '.partial')
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1  # in the second of three parts
+  path.write_bytes(content)
+  again = Answer()
+  jsonl.answer_file(source, target, again, settings=SETTINGS)
+  assert pathlib.Path(target).read_bytes() == expected(make_rows(50))
+  assert again.ids == list(range(8, 50))

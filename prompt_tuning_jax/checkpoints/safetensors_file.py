@@ -27,6 +27,7 @@ DTYPES = {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat1
           'I64': 'int64', 'I32': 'int32', 'I16': 'int16', 'I8': 'int8', 'U8': 'uint8',
           'BOOL': 'bool'}
 CODES = {name: code for code, name in DTYPES.items()}
+MAX_SIZE = 2 ** 31  # of an axis, as in JAX
 MAX_HEADER_BYTES = 100_000_000  # as the safetensors library has it
 METADATA, OF_TENSORS, OF_HEADER = '__metadata__', 'tensors_sha256', 'header_sha256'
 
@@ -126,8 +127,11 @@ def read_header(path: str | os.PathLike) -> Header:
 
 def _entry(name: str, value: Mapping[str, Any], start: int) -> Entry:
   dtype, shape, (begin, end) = value['dtype'], value['shape'], value['data_offsets']
+  if not (name + dtype).isprintable():
+    raise ValueError(f'it names a tensor {ascii(name)[:80]}')
   numbers = [*shape, begin, end]
-  if not all(type(number) is int and number >= 0 for number in numbers):
+  if not all(type(number) is int and number >= 0 for number in numbers) or any(
+      size >= MAX_SIZE for size in shape):
     raise ValueError(f'{name} has impossible numbers {numbers}')
   # A float8 or another dtype that this package does not know is listed, and refused by name.
   known = DTYPES.get(dtype)

@@ -28,6 +28,7 @@ from prompt_tuning_jax.types import PyTree, Shape
 VERSION = 3
 CHUNK_BYTES = 64 * 2 ** 20
 MAX_INDEX_BYTES = 2 ** 31
+MAX_SIZE = 2 ** 31  # of an axis, as in JAX
 DEFLATE = 1040  # deflate makes no more of a byte than this
 _LEAF_KEYS = {'driver', 'kvstore'}  # a mapping with these is a zarr array, not a branch
 
@@ -58,6 +59,8 @@ def open_folder(folder: str | os.PathLike) -> dict[str, StoredLeaf]:
   def visit(branch: Mapping[str, Any], prefix: str):
     for key, value in branch.items():
       path = prefix + str(key)
+      if not path.isprintable():
+        raise ValueError(f'{folder}/checkpoint names a leaf {ascii(path)[:80]}: copy it again.')
       if isinstance(value, Mapping) and not _LEAF_KEYS <= value.keys():
         visit(value, path + '/')
       else:
@@ -106,7 +109,8 @@ def _leaf(folder: str, path: str, value: Any, checksum: str | None) -> StoredLea
     # says must not lead out of it.
     kvstore = value['kvstore']
     name = (kvstore.get('path') or value['path']).rstrip('/').split('/')[-1]
-    if (value['driver'] != 'zarr' or name in ('', '.', '..') or min(shape, default=1) < 0
+    if (value['driver'] != 'zarr' or name in ('', '.', '..')
+        or not all(0 <= size < MAX_SIZE for size in shape)
         or metadata['compressor']['id'] != 'gzip'
         or not all(0 < chunk <= max(size, 1) for chunk, size in zip(chunks, shape, strict=True))):
       raise ValueError
@@ -126,7 +130,8 @@ def _leaf(folder: str, path: str, value: Any, checksum: str | None) -> StoredLea
       if found and size > found * DEFLATE:  # Out of memory, tensorstore would end the process.
         raise ValueError(f'{size} bytes cannot be in {name}, which has {found}, compressed')
       store = ts.open(spec, open=True, read=True).result()
-      array = store[index].read().result()
+      part = tuple(slice(*each.indices(size)) for each, size in zip(index, shape, strict=True))
+      array = store[part].read().result()
       if checksum and array.shape == shape and sha256(array) != checksum:
         raise ValueError(f'the bytes in {name} are not those that were written (SHA-256): copy '
                          'the folder again')
@@ -229,9 +234,16 @@ def _write_zarr(folder: str, path: str, array: np.ndarray) -> dict[str, Any]:
 
 
 def _size_on_disk(folder: str) -> int | None:
-  """Bytes of a local folder's files; None where there is none, and on gs://."""
-  is_there = not _is_remote(folder) and os.path.isdir(folder)
-  return sum(file.stat().st_size for file in os.scandir(folder)) if is_there else None
+  """Bytes of a local folder's files; None where there is none, and on gs://.
+
+  Raises ValueError for a pipe or a device, of which tensorstore would wait for the end.
+  """
+  if _is_remote(folder) or not os.path.isdir(folder):
+    return None
+  files = list(os.scandir(folder))
+  if strange := [file.name for file in files if not (file.is_file() or file.is_dir())]:
+    raise ValueError(f'{strange[0]} in {os.path.basename(folder)} is no file')
+  return sum(file.stat().st_size for file in files)
 
 
 def _is_remote(folder: str | os.PathLike) -> bool:

@@ -12,6 +12,7 @@ from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.checkpoints import (
   base_checkpoint,
   hf_safetensors,
+  safetensors_file,
   stored_leaf,
   t5x_legacy,
 )
@@ -20,6 +21,9 @@ from prompt_tuning_jax.checkpoints.hf_config import VocabularyFile
 from prompt_tuning_jax.networks import gpt, parameters, t5
 
 CONFIG = t5.T5Config(1500, 4, 2, 1, 1, 2, 8)
+GPT2 = gpt.GPTConfig(20, 4, 2, 1, 2, 8, ('gelu',), max_positions=4, use_bias=True,
+                     scale_queries=True, logits_via_embedding=True, scale_logits=False,
+                     has_padding_row=False)
 
 
 def random_params(config=CONFIG):
@@ -161,3 +165,56 @@ def test_a_network_that_hugging_face_lacks_is_a_t5x_folder(tmp_path, tiny_base, 
     np.testing.assert_array_equal(leaf, param_paths.flatten(read.params)[path])
   with pytest.raises(ValueError, match='last'):
     base_checkpoint.write(tmp_path / 'last', config, base.params)
+
+
+def flip(path, at: int, bit: int = 1):
+  """Changes one bit of a file."""
+  with open(path, 'r+b') as file:
+    file.seek(at)
+    byte = file.read(1)[0]
+    file.seek(at)
+    file.write(bytes([byte ^ bit]))
+
+
+@pytest.mark.parametrize('name', base_checkpoint.bundled_bases())
+def test_a_bundled_base_holds_a_checksum_of_every_tensor(name):
+  header = safetensors_file.read_header(base_checkpoint.BUNDLED / name / 'model.safetensors')
+  assert header.checksums.keys() == header.tensors.keys()
+  for tensor in header.tensors:
+    header.check(tensor)
+
+
+@pytest.mark.parametrize('config', [CONFIG, GPT2], ids=['t5', 'gpt2'])
+def test_a_flipped_bit_is_told_with_the_leaf(tmp_path, config):
+  hf_safetensors.write(tmp_path / 'x', config, random_params(config))
+  path = tmp_path / 'x/model.safetensors'
+  header = safetensors_file.read_header(path)
+  for name, entry in header.tensors.items():
+    flip(path, entry.end - 4)
+    with pytest.raises(ValueError) as error:
+      load_base(tmp_path / 'x')
+    assert name.removeprefix('transformer.') in str(error.value)
+    assert 'SHA-256' in str(error.value) and '\n' not in str(error.value)
+    flip(path, entry.end - 4)
+  load_base(tmp_path / 'x')
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('write', [
+    lambda folder, params: hf_safetensors.write(folder, CONFIG, params), t5x_legacy.write])
+def test_a_base_that_is_not_finite_is_refused_with_the_leaf(tmp_path, write, value):
+  params = jax.tree.map(np.array, random_params())
+  params['encoder']['layers_0']['mlp']['wo']['kernel'][1, 2] = value
+  write(tmp_path / 'x', params)
+  with pytest.raises(ValueError, match='nreadable: encoder/layers_0/mlp/wo/kernel[^,]* it has '
+                                       'values that are NaN or infinite'):
+    load_base(tmp_path / 'x', config=CONFIG)
+
+
+def test_a_number_too_large_for_a_dtype_is_refused(tmp_path):
+  params = jax.tree.map(np.array, random_params())
+  params['token_embedder']['embedding'][1, 2] = 1e6
+  hf_safetensors.write(tmp_path / 'x', CONFIG, params)
+  load_base(tmp_path / 'x', dtype='bfloat16')
+  with pytest.raises(ValueError, match='token_embedder/embedding .*infinite in float16'):
+    load_base(tmp_path / 'x', dtype='float16')

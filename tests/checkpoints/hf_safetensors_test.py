@@ -278,3 +278,14 @@ def test_vocabulary_travels_with_the_folder(tmp_path):
   assert load_base(tmp_path / 'b').vocabulary.extra_ids == 100
   assert hf_config.find_vocabulary(tmp_path / 'b', hf_t5.MT5.vocabulary_files,
                                    hf_t5.MT5.extra_ids).extra_ids == 0
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+  hf_safetensors.write(tmp_path / 'x', T5_1_1, random_params(T5_1_1), shard_bytes=2000)
+  first, second = sorted((tmp_path / 'x').glob('model-*'))[:2]
+  index = json.loads((tmp_path / 'x' / hf_safetensors.INDEX).read_text())
+  (tmp_path / 'x/older.safetensors').write_bytes(second.read_bytes())
+  index['weight_map']['another'] = 'older.safetensors'
+  (tmp_path / 'x' / hf_safetensors.INDEX).write_text(json.dumps(index))
+  with pytest.raises(ValueError, match='older.safetensors holds .*, which another file of'):
+    load_base(tmp_path / 'x')

@@ -223,3 +223,58 @@ def test_released_prompts_load(name, test_assets):
   assert prompt.params['prompt/embedding'].shape == (100, 768)
   with pytest.raises(ValueError, match='width is 768, but 4'):
     prompt_file.check(prompt, make_base())
+
+
+def without_checksums(path):
+  """The file as it was written before there were checksums."""
+  with safetensors.safe_open(path, 'numpy') as file:
+    metadata = {'prompt_tuning_jax': file.metadata()['prompt_tuning_jax']}
+    tensors = {name: file.get_tensor(name) for name in file.keys()}
+  safetensors.numpy.save_file(tensors, path, metadata)
+
+
+def test_any_flipped_bit_is_told_or_changes_nothing(tmp_path):
+  path, prompt = tmp_path / 'prompt.safetensors', make_prompt()
+  prompt_file.save(path, prompt)
+  content = path.read_bytes()
+  for at in range(len(content)):
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1:])
+    try:
+      loaded = prompt_file.load(path)
+    except ValueError as error:
+      assert 'prompt.safetensors' in str(error) and '\n' not in str(error)
+    else:
+      assert loaded.sha256 == prompt.sha256
+
+
+def test_a_changed_weight_and_a_changed_label_are_told(tmp_path):
+  path = tmp_path / 'prompt.safetensors'
+  prompt_file.save(path, make_prompt())
+  content = path.read_bytes()
+  path.write_bytes(content[:-4] + np.float32(0.5).tobytes())
+  with pytest.raises(ValueError, match='prompt/embedding: its bytes in prompt.safetensors are not'):
+    prompt_file.load(path)
+  path.write_bytes(content.replace(b'positif', b'negatif'))
+  with pytest.raises(ValueError, match='its header is not the one that was written'):
+    prompt_file.load(path)
+
+
+def test_an_older_file_without_checksums_is_read(tmp_path):
+  path, prompt = tmp_path / 'prompt.safetensors', make_prompt()
+  prompt_file.save(path, prompt)
+  without_checksums(path)
+  assert prompt_file.load(path).sha256 == prompt.sha256
+
+
+def test_a_numpy_file_of_objects_runs_nothing(tmp_path):
+  class Evil:
+    def __reduce__(self):
+      return os.mkdir, (str(tmp_path / 'EXECUTED'),)
+
+  np.save(tmp_path / 'evil.npy', np.array([[Evil()]], object), allow_pickle=True)
+  with pytest.raises(ValueError, match='evil.npy is not a .npy prompt'):
+    prompt_file.load(tmp_path / 'evil.npy')
+  (tmp_path / 'evil.npy').rename(tmp_path / 'evil.safetensors')
+  with pytest.raises(ValueError, match='evil.safetensors is not a .npy prompt'):
+    prompt_file.load(tmp_path / 'evil.safetensors')
+  assert not (tmp_path / 'EXECUTED').exists()

@@ -155,7 +155,7 @@ def test_a_path_in_the_index_cannot_lead_out_of_the_folder(tmp_path):
   params = random_params(SMALL)
   t5x_legacy.write(tmp_path / 'x', params)
   index = serialization.msgpack_restore((tmp_path / 'x/checkpoint').read_bytes())
-  del index['sha256']  # T5X's own have none.
+  del index['sha256'], index['checksums']  # T5X's own have none.
   embedding = index['optimizer']['target']['token_embedder']['embedding']
   embedding['kvstore']['path'] = '/somewhere/else/target.token_embedder.embedding'
   (tmp_path / 'x/checkpoint').write_bytes(serialization.msgpack_serialize(index))
@@ -250,3 +250,79 @@ def test_google_storage_places_are_understood():
   assert t5x_legacy._kvstore('gs://bucket/a/b') == {
       'driver': 'gcs', 'bucket': 'bucket', 'path': 'a/b/'}
   assert t5x_legacy._kvstore('gs://bucket') == {'driver': 'gcs', 'bucket': 'bucket', 'path': ''}
+
+
+def kernels(folder):
+  return sorted(path for path in folder.glob('target.*') if path.name.endswith('kernel'))
+
+
+@pytest.mark.parametrize('key, value', [('dtype', '>f4'), ('dtype', '<i4'), ('order', 'F'),
+                                        ('chunks', [2 ** 30, 2 ** 30]), ('compressor', None)])
+def test_a_zarr_array_must_be_what_the_index_says(tmp_path, key, value):
+  t5x_legacy.write(tmp_path / 'x', random_params(SMALL))
+  path = kernels(tmp_path / 'x')[0] / '.zarray'
+  path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+  with pytest.raises(ValueError, match='nreadable: decoder/.*kernel: .*') as error:
+    load_base(tmp_path / 'x', config=SMALL)
+  assert key in str(error.value) and '\n' not in str(error.value)
+
+
+def test_a_flipped_bit_of_a_chunk_is_found_by_gzip(tmp_path):
+  t5x_legacy.write(tmp_path / 'x', random_params(SMALL))
+  path = kernels(tmp_path / 'x')[0] / '0.0'
+  content = path.read_bytes()
+  for at in range(10, len(content)):  # behind gzip's header
+    path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1:])
+    with pytest.raises(ValueError, match='nreadable: decoder/'):
+      load_base(tmp_path / 'x', config=SMALL)
+
+
+def test_arrays_in_each_others_place_are_told(tmp_path):
+  t5x_legacy.write(tmp_path / 'x', random_params(SMALL))
+  names = ('key', 'query')
+  one, two = (tmp_path / f'x/target.encoder.layers_0.attention.{name}.kernel/0.0' for name in names)
+  contents = one.read_bytes(), two.read_bytes()
+  one.write_bytes(contents[1])
+  two.write_bytes(contents[0])
+  with pytest.raises(ValueError) as error:
+    load_base(tmp_path / 'x', config=SMALL)
+  for name in names:
+    assert f'encoder/layers_0/attention/{name}/kernel: the bytes in target.' in str(error.value)
+
+
+def changed(folder, change, is_ours: bool):
+  """Changes the index as T5X would have written it, or keeping our checksums."""
+  index = serialization.msgpack_restore((folder / 'checkpoint').read_bytes())
+  change(index['optimizer']['target'])
+  if not is_ours:
+    del index['sha256'], index['checksums']
+  (folder / 'checkpoint').write_bytes(serialization.msgpack_serialize(index))
+
+
+@pytest.mark.parametrize('shape, chunks', [
+    ([2 ** 40, 4], [1, 4]), ([2 ** 40, 4], [2 ** 40, 4]), ([40, 4], [2 ** 40, 4]),
+    ([2 ** 62, 2 ** 62], [1, 1]), ([40, 4], [0, 4]), ([40, 4], [40])])
+def test_impossible_sizes_end_no_process(tmp_path, shape, chunks):
+  t5x_legacy.write(tmp_path / 'x', random_params(SMALL))
+
+  def change(target):
+    target['token_embedder']['embedding']['metadata'] |= {'shape': shape, 'chunks': chunks}
+
+  changed(tmp_path / 'x', change, is_ours=False)
+  with pytest.raises(ValueError) as error:
+    load_base(tmp_path / 'x')
+  assert '\n' not in str(error.value)
+
+
+def test_a_changed_index_is_told_and_one_of_t5x_has_no_checksums(tmp_path):
+  params = random_params(SMALL)
+  t5x_legacy.write(tmp_path / 'x', params)
+
+  def change(target):
+    target['decoder']['decoder_norm']['scale'] = np.zeros(4, np.float32)
+
+  changed(tmp_path / 'x', change, is_ours=True)
+  with pytest.raises(ValueError, match='checkpoint: it is not what was written'):
+    load_base(tmp_path / 'x')
+  changed(tmp_path / 'x', lambda target: None, is_ours=False)
+  assert not load_base(tmp_path / 'x').params['decoder']['decoder_norm']['scale'].any()

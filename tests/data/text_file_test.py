@@ -8,6 +8,7 @@ import random
 
 import pytest
 
+from prompt_tuning_jax.data import text_file
 from prompt_tuning_jax.data.text_file import TextFile, read_rows
 from prompt_tuning_jax.data.token_cache import open_or_build
 from prompt_tuning_jax.data.vocabulary import Vocabulary, train_vocabulary
@@ -255,3 +256,14 @@ def test_files_that_cannot_be_a_task_are_refused_at_once(tmp_path):
   (tmp_path / 'empty.csv').write_text('')
   with pytest.raises(ValueError, match='Split train of task empty has no examples'):
     build(TextFile(str(tmp_path / 'empty.csv'), str(tmp_path / 'empty.csv')), tmp_path)
+
+
+@pytest.mark.parametrize('name, content', [
+    ('a.jsonl', b'{"text": "' + b'x' * 2000), ('a.csv', b'text\n"' + b'x\n' * 2000),
+    ('a.tsv', b'text\n' + b'x' * 2000), ('a.jsonl.gz', gzip.compress(b' ' * 2000))])
+def test_a_line_without_end_is_refused_before_it_fills_the_memory(
+    tmp_path, monkeypatch, name, content):
+  monkeypatch.setattr(text_file, 'MOST_BYTES', 1000)
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(ValueError, match='longer than|field larger than'):
+    list(read_rows(str(tmp_path / name)))
