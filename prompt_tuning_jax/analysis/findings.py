@@ -22,7 +22,7 @@ from prompt_tuning_jax.checkpoints import prompt_file
 from prompt_tuning_jax.checkpoints.prompt_file import PromptFile
 from prompt_tuning_jax.types import Array
 
-SAMPLE = 1000  # words in the picture
+SAMPLE = 500  # words in the picture
 SEED = 0
 FREQUENT = 20
 START = 4  # letters that words of one stem begin with
@@ -97,9 +97,9 @@ def words(prompt: Array, table: Array, vocabulary: Any, labels: Sequence[str] = 
   vectors, the yardstick for what a prompt has learnt.
   """
   count = min(count, len(table))
-  ids, cosines = nearest_words.nearest_rows(prompt, table, count)
-  by_chance = np.random.default_rng(SEED).normal(size=prompt.shape).astype(np.float32)
-  other_ids, other_cosines = nearest_words.nearest_rows(by_chance, table, count)
+  by_chance = np.random.default_rng(SEED).normal(size=prompt.shape)
+  both = nearest_words.nearest_rows(np.concatenate([prompt, by_chance]), table, count)
+  (ids, other_ids), (cosines, other_cosines) = (np.split(found, 2) for found in both)
   pieces = [[vocabulary.piece(int(i)) for i in row] for row in ids]
   others = [[vocabulary.piece(int(i)) for i in row] for row in other_ids]
   return {

@@ -11,6 +11,8 @@ import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from prompt_tuning_jax.analysis import figures, findings
 from prompt_tuning_jax.checkpoints.atomic_write import atomic_file
 from prompt_tuning_jax.types import Array
@@ -46,7 +48,7 @@ def write_for_run(folder: pathlib.Path, kept: pathlib.Path, table: Array | None,
   files = sorted(kept.glob('*.safetensors')) if kept.is_dir() else [kept]
   if (kept / 'config.json').is_file():
     return []
-  words = None if table is None else table[:vocabulary.size]
+  words = None if table is None else np.asarray(table)[:vocabulary.size]
   written = []
   for path in files:
     others = [other for other in files if other != path]

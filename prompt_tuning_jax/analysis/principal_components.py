@@ -8,19 +8,23 @@ from prompt_tuning_jax.types import Array
 def project(rows: Array, count: int = 2) -> tuple[np.ndarray, np.ndarray]:
   """Rows [n, D] on their first principal components, in float64.
 
-  Returns (coordinates [n, count], each component's share of the variance [count]). The largest
-  entry of a component is positive, as scikit-learn has it. Raises ValueError for fewer than `count`
+  Returns (coordinates [n, count], each component's share of the variance [count]). A component's
+  sign is that with which the row farthest out is positive. Raises ValueError for fewer than `count`
   rows or columns.
   """
   rows = np.asarray(rows, np.float64)
   if min(rows.shape) < count:
     raise ValueError(f'{count} components need as many rows and columns, got {list(rows.shape)}.')
   centred = rows - rows.mean(axis=0)
-  _, sizes, components = np.linalg.svd(centred, full_matrices=False)
-  components = components[:count]
-  largest = np.argmax(np.abs(components), axis=1)
-  components = components * np.sign(components[np.arange(count), largest])[:, None]
-  variances = sizes ** 2
-  whole = variances.sum()
-  shares = variances[:count] / whole if whole else np.zeros(count)
-  return centred @ components.T, shares
+  # Of both products, which have the same eigenvalues, the smaller one: few rows may be wide.
+  if len(rows) <= rows.shape[1]:
+    variances, left = np.linalg.eigh(centred @ centred.T)
+    places = left * np.sqrt(np.maximum(variances, 0))
+  else:
+    variances, components = np.linalg.eigh(centred.T @ centred)
+    places = centred @ components
+  places, variances = places[:, :-count - 1:-1], variances[:-count - 1:-1]
+  farthest = np.argmax(np.abs(places), axis=0)
+  places = places * np.where(places[farthest, np.arange(count)] < 0, -1, 1)
+  whole = (centred ** 2).sum()
+  return places, variances / whole if whole else np.zeros(count)
