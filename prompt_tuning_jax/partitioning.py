@@ -62,7 +62,7 @@ class Partitioner:
     devices = jax.device_count()
     model = devices if self.model_parallelism is None else self.model_parallelism
     if type(model) is not int or model < 1 or devices % model:
-      raise ValueError(f'MODEL_PARALLELISM must divide the {devices} devices, or be None for all '
+      raise ValueError(f'model_parallelism must divide the {devices} devices, or be None for all '
                        f'of them, got {model!r}.')
     return jax.make_mesh((devices // model, model), ('data', 'model'),
                          axis_types=(AxisType.Auto, AxisType.Auto))
