@@ -100,18 +100,20 @@ class PromptedBase:
 
 def load(base: str, prompt: str | None = None, *, prompts: str | Mapping[str, str] | None = None,
          network: Any = None, vocabulary_file: str | None = None, dtype: str = 'float32',
-         batch_size: int = 32, max_decode_length: int = 64) -> PromptedBase:
+         parameter_dtype: str | None = None, batch_size: int = 32,
+         max_decode_length: int = 64, partitioner: Partitioner = Partitioner()) -> PromptedBase:
   """Reads base and prompts, and checks that they belong together (ValueError if not).
 
   `prompt` is one file, of any method; `prompts` {name: file}, or a folder of them, make a bank.
-  Every device has a copy of the base. `batch_size` is rounded up to a multiple of the devices.
+  `parameter_dtype` is that of the base's parameters, such as 'int8'; None is `dtype`.
+  `partitioner` says how base and batches are split over devices; `batch_size` is rounded up to a
+  multiple of a batch's parts.
   """
   file = prompt_file.load(prompt) if prompt else None
   files = None if prompts is None else read_prompts(prompts)
-  partitioner = Partitioner()
   batch_size += -batch_size % partitioner.copies
   loaded = base_checkpoint.load_base(base, config=network, vocabulary_file=vocabulary_file,
-                                     dtype=dtype,
+                                     dtype=parameter_dtype or dtype,
                                      sharding_for=partitioner.sharding_for(logical_axes))
   if loaded.vocabulary is None:
     raise ValueError(f'The base {base} brings no vocabulary: give its file with --vocabulary.')
@@ -125,8 +127,10 @@ def load(base: str, prompt: str | None = None, *, prompts: str | Mapping[str, st
     params = _with_leaves(file, params)
   bank = None if files is None else PromptBank(loaded, files)
   model = PromptedModel(config.network(), **modules)
-  predictor = Predictor(model, vocabulary, virtual, batch_size, max_decode_length, partitioner, bank)
+  predictor = Predictor(model, vocabulary, virtual, batch_size, max_decode_length, partitioner,
+                        bank)
   identity = {'base': loaded.fingerprint, 'vocabulary': vocabulary.sha256, 'dtype': dtype,
+              'parameter_dtype': parameter_dtype or dtype,
               'network': str(loaded.config),
               'prompt': file and file.sha256, 'batch_size': batch_size,
               'prompts': files and {name: each.sha256 for name, each in files.items()}}

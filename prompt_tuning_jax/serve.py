@@ -28,7 +28,7 @@ def parser():
   add('--network', metavar='NAME', help='such as t5_1_1_base, for a T5X folder')
   add('--vocabulary', type=verb.path, metavar='FILE',
       help="the base's SentencePiece file (or GPT-2's tokenizer.json), if not beside it")
-  add('--dtype', default='float32', choices=('float32', 'bfloat16'))
+  verb.dtype_flags(add)
   add('--host', default='127.0.0.1', help='default 127.0.0.1: this machine alone')
   add('--port', type=int, default=8000, help='default 8000; 0 takes a free one')
   add('--max_input_length', type=int, default=512, metavar='TOKENS',
@@ -96,7 +96,7 @@ def engine(flags):
   folder, files = prompts([cloud_storage.fetch(path) for path in flags.prompts])
   network = launch.network_named(flags.network) if flags.network else None
   base = base_checkpoint.load_base(flags.base, config=network, vocabulary_file=flags.vocabulary,
-                                   dtype=flags.dtype)
+                                   dtype=flags.parameter_dtype or flags.dtype)
   if base.vocabulary is None:
     raise ValueError(f'The base {flags.base} brings no vocabulary: give its file with '
                      '--vocabulary.')

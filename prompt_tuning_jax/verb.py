@@ -34,13 +34,22 @@ def parser(name: str, description: str, bank: str = '') -> argparse.ArgumentPars
   add('--network', metavar='NAME', help='such as t5_1_1_base, for a T5X folder')
   add('--vocabulary', type=path, metavar='FILE',
       help="the base's SentencePiece file (or GPT-2's tokenizer.json), if not beside it")
-  add('--dtype', default='float32', choices=('float32', 'bfloat16'))
+  dtype_flags(add)
   add('--batch_size', type=int, default=32, metavar='N')
+  add('--model_parallelism', type=int, default=1, metavar='N',
+      help='devices that share one copy of the base (default 1)')
   add('--max_input_length', type=int, default=512, metavar='TOKENS',
       help='longer inputs are cut (default 512)')
   add('--max_decode_length', type=int, default=64, metavar='TOKENS',
       help='longest generated text (default 64)')
   return made
+
+
+def dtype_flags(add: Callable) -> None:
+  """The flags for the dtypes of what is computed and of what is stored."""
+  add('--dtype', default='float32', choices=('float32', 'bfloat16'))
+  add('--parameter_dtype', choices=('float32', 'bfloat16', 'int8'),
+      help="of the base's parameters, if not --dtype; int8 takes a quarter of float32's memory")
 
 
 def decoding_flags(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -74,7 +83,7 @@ def decoding(flags: argparse.Namespace | None):
 def settings(flags: argparse.Namespace, prompted) -> dict:
   """What the answers to a row depend on, as JSON."""
   beside = ('base', 'prompt', 'prompts', 'network', 'vocabulary', 'input', 'output',
-            'batch_size', 'dtype')
+            'batch_size', 'dtype', 'parameter_dtype')
   return {'version': __version__, **prompted.identity,
           **{f'--{name}': value for name, value in vars(flags).items() if name not in beside}}
 
@@ -99,14 +108,17 @@ def run(made: argparse.ArgumentParser, argv: list[str], body: Callable) -> int:
         raise ValueError(f'--{name} must be at least 1, got {getattr(flags, name)}.')
     check_files([flags.input] if flags.input else [], flags.output)
     from prompt_tuning_jax import prompted_base
+    from prompt_tuning_jax.partitioning import Partitioner
     prompts = getattr(flags, 'prompts', None)
     if prompts and flags.prompt:
       raise ValueError('Give --prompt (one for all rows) or --prompts (each row names its own).')
     network = launch.network_named(flags.network) if flags.network else None
     body(flags, prompted_base.load(
         flags.base, flags.prompt, prompts=prompts, network=network,
-        vocabulary_file=flags.vocabulary, dtype=flags.dtype, batch_size=flags.batch_size,
-        max_decode_length=flags.max_decode_length))
+        vocabulary_file=flags.vocabulary, dtype=flags.dtype,
+        parameter_dtype=flags.parameter_dtype, batch_size=flags.batch_size,
+        max_decode_length=flags.max_decode_length,
+        partitioner=Partitioner(flags.model_parallelism)))
 
   return exit_status(work)
 

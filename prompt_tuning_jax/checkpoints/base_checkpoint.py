@@ -50,6 +50,19 @@ class Base:
     return table.dequantized() if isinstance(table, int8.Quantized) else table
 
 
+  def apply(self, *args: Any, **kwargs: Any) -> Any:
+    """The network's `apply` with these parameters; its layers have their own names, always."""
+    config = dataclasses.replace(self.config, scan_layers=False)
+
+    def applied(params: PyTree) -> Any:
+      if self.config.scan_layers:  # Within a program, parts are no copy of the model.
+        params = param_paths.unflatten(layer_stack.unrolled(
+            param_paths.flatten(params), lambda leaf, i: jax.tree.map(lambda x: x[i], leaf)))
+      return config.network().apply({'params': params}, *args, **kwargs)
+
+    return (jax.jit(applied) if self.config.scan_layers else applied)(self.params)
+
+
 def bundled_bases() -> list[str]:
   """The names of the bases that come with the package."""
   return sorted(path.parent.name for path in BUNDLED.glob('*/config.json'))

@@ -41,6 +41,15 @@ class Quantized:
     return self.values.ndim
 
   @property
+  def dtype(self) -> DType:
+    """That of the weights that it stands for."""
+    return self.scale.dtype
+
+  @property
+  def sharding(self) -> jax.sharding.Sharding:
+    return self.values.sharding
+
+  @property
   def T(self) -> 'Quantized':
     return Quantized(self.values.T, self.scale.T)
 

@@ -7,7 +7,7 @@ of their leaves with the layer's axis before its own: [L, …]. So it is for par
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -124,15 +124,19 @@ def scanned(leaves: Mapping[str, Array]) -> dict[str, Array]:
           for path, of in grouped(leaves).items()}
 
 
-def unrolled(leaves: Mapping[str, Array]) -> dict[str, 'Array | LayerOf']:
-  """{path: leaf} of a scanned network as those of an unrolled one, without a copy."""
-  made = {}
+def unrolled(leaves: Mapping[str, Array], part: Callable[[Array, int], Any] | None = None,
+             ) -> dict[str, Any]:
+  """{path: leaf} of a scanned network as those of an unrolled one.
+
+  `part` takes a layer's leaf out of that of all; by default it is a `LayerOf`, no copy.
+  """
+  made, part = {}, part or LayerOf
   for path, leaf in leaves.items():
     if not _ALL.search(path):
       made[path] = leaf
       continue
     for i in range(leaf.shape[0]):
-      made[_ALL.sub(f'layers_{i}', path)] = LayerOf(leaf, i)
+      made[_ALL.sub(f'layers_{i}', path)] = part(leaf, i)
   return made
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from prompt_tuning_jax import param_paths
+from prompt_tuning_jax.networks import int8
 from prompt_tuning_jax.types import Array, PyTree
 
 KINDS = ('lora', 'ia3', 'ia3_in')
@@ -89,6 +90,9 @@ def _padded(leaf: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _changed(kind: str, path: str, kernel: Array, of: Mapping[str, Array]) -> Array:
+  if isinstance(kernel, int8.Quantized):
+    raise ValueError(f'{kind} changes {path}, which has eight bits: take the base in bfloat16 or '
+                     'float32.')
   if kind == 'lora':
     a, b = of[f'{path}/a'], of[f'{path}/b']
     if (a.shape[0], b.shape[1]) != kernel.shape or a.shape[1] != b.shape[0]:

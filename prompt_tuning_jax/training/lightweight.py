@@ -157,6 +157,9 @@ class PartTuning:
 
 
 def _kernel_shape(path: str, kernel: Array) -> tuple[int, int]:
+  if '/layers/' in path:
+    raise ValueError('LoRA and IA3 change layers one by one, and scanned layers are one: take '
+                     'SCAN_LAYERS=False.')
   if kernel.ndim != 2:
     raise ValueError(f'{path} is no kernel: expected [in, out], got {list(kernel.shape)}.')
   return kernel.shape

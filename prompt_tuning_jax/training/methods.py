@@ -13,6 +13,7 @@ from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.checkpoints import base_checkpoint, prompt_file
 from prompt_tuning_jax.checkpoints.base_checkpoint import Base
 from prompt_tuning_jax.data.token_cache import TokenCache
+from prompt_tuning_jax.networks import layer_stack
 from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts import initializers
 from prompt_tuning_jax.prompts.soft_prompt import LayeredPrompt, SoftPrompt
@@ -35,7 +36,7 @@ def save_file(path: pathlib.Path, leaves: PyTree, base: Base, about: Mapping[str
 
   `about` has task, labels and metric, `described` what the method adds (`prompt_file.describe`).
   """
-  flat = param_paths.flatten(jax.device_get(leaves))
+  flat = layer_stack.unrolled(param_paths.flatten(jax.device_get(leaves)))
   prompt_file.save(path.with_name(f'{path.name}.safetensors'), prompt_file.PromptFile(
       flat, prompt_file.describe(base, **{**about, **described})))
 
@@ -157,9 +158,9 @@ def _hidden_states(first: Array, base: Base) -> list[Array]:
   """
   config = base.config
   tokens = VirtualTokens(config.vocab_size, len(first)).ids[None]
-  _, captured = config.network().apply(
-      {'params': base.params}, tokens, enable_dropout=False, virtual_embeddings=first,
-      method='encode', mutable=['intermediates'],
+  _, captured = base.apply(
+      tokens, enable_dropout=False, virtual_embeddings=first, method='encode',
+      mutable=['intermediates'],
       capture_intermediates=lambda module, _: re.fullmatch(r'layers_\d+', module.name or ''))
   layers = captured['intermediates'][config.prompted_stack]
   # Where a layer returns more than its output, the output is the first.

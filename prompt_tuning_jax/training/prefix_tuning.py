@@ -36,8 +36,8 @@ class WordActivations:
       raise ValueError(f'A prefix starts from a text with tokens in the vocabulary, got '
                        f'{self.text!r}.')
     tokens = np.resize(np.asarray(pieces, np.int32), length)[None]
-    _, captured = base.config.network().apply(
-        {'params': base.params}, tokens, tokens, tokens, enable_dropout=False,
+    _, captured = base.apply(
+        tokens, tokens, tokens, enable_dropout=False,
         capture_intermediates=lambda module, _: module.name in ('key', 'value'),
         mutable=['intermediates'])
     return {place: self._stacked(captured['intermediates'][stack], attention, base.config)

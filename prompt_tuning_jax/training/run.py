@@ -25,6 +25,8 @@ from prompt_tuning_jax.checkpoints.training_state import TrainingStates
 from prompt_tuning_jax.data import batches, mixture, token_cache
 from prompt_tuning_jax.data.token_cache import TokenCache
 from prompt_tuning_jax.data.vocabulary import Vocabulary
+from prompt_tuning_jax.networks import int8
+from prompt_tuning_jax.networks.execution import Execution
 from prompt_tuning_jax.networks.parameters import logical_axes
 from prompt_tuning_jax.partitioning import Partitioner
 from prompt_tuning_jax.predictor import Predictor
@@ -44,7 +46,7 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
           initial_checkpoint_path: str | Base | None, method: Any,
           optimizer: optax.GradientTransformation, train_steps: int, batch_size: int,
           eval_period: int = 1000, save_period: int = 1000, log_period: int = 50,
-          network: Any = None, vocabulary: str | None = None,
+          network: Any = None, vocabulary: str | None = None, execution: Execution = Execution(),
           dropout_rate: float = 0.1, z_loss: float = 1e-4, label_smoothing: float = 0.0,
           activation_dtype: str = 'float32', parameter_dtype: str = 'float32', seed: int = 0,
           batching: Callable = batches.TrainBatches,
@@ -70,7 +72,7 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
     network, vocabulary (a SentencePiece file): needed where the checkpoint does not bring its own.
     batching: `batches.TrainBatches` (a row an example) or `packing.PackedBatches`.
     train_subset, eval_subset: parts of the splits (`data.subsets`); None is all.
-    parameter_dtype: of the frozen base; what trains is float32.
+    parameter_dtype: of the frozen base; what trains is float32. execution: how layers are run.
     num_microbatches: parts that a batch is gone through in, where memory is short.
     rank_labels: the most probable label is the answer; False decodes, as Lester et al. evaluate.
     metric: chooses the best and, after `patience` evaluations without a better one, ends training;
@@ -85,13 +87,15 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
   _check(task_feature_lengths, model_dir, dropout_rate, train_steps=(train_steps, 0),
          batch_size=(batch_size, 1), num_microbatches=(num_microbatches, 1))
   tasks = _checked(mixture.as_mixture(task))
-  base = load_base(initial_checkpoint_path, network, vocabulary, parameter_dtype, partitioner, seed)
+  base = load_base(initial_checkpoint_path, network, vocabulary, parameter_dtype, partitioner, seed,
+                   execution)
   words = _vocabulary(base)
   lengths = dict(task_feature_lengths)
   opened = functools.partial(_caches, tasks, words, lengths, cache_dir)
   caches = opened('train_split', train_subset)
   method = method.for_data(caches, base, words, seed)
-  config = dataclasses.replace(base.config, dropout_rate=dropout_rate, dtype=activation_dtype)
+  config = execution.applied(dataclasses.replace(
+      base.config, dropout_rate=dropout_rate, dtype=activation_dtype), partitioner.mesh.size)
   model = method.model(config)
   virtual = batches.one_each(method.virtual_tokens(config.vocab_size), len(caches))
   _check_positions(config, caches, virtual)
@@ -250,16 +254,18 @@ def _check(lengths: Mapping[str, int], model_dir: str, dropout_rate: float,
 
 def load_base(path: str | Base | None, network: Any = None, vocabulary: str | None = None,
               dtype: str = 'float32', partitioner: Partitioner = Partitioner(),
-              seed: int = 0) -> Base:
+              seed: int = 0, execution: Execution = Execution()) -> Base:
   """The base that these arguments of `train` say; one that has been read is it already."""
   if isinstance(path, Base):
     return path
   if path is not None:
     return base_checkpoint.load_base(path, config=network, vocabulary_file=vocabulary, dtype=dtype,
-                                     sharding_for=partitioner.sharding_for(logical_axes))
+                                     sharding_for=partitioner.sharding_for(logical_axes),
+                                     scan_layers=execution.scan_layers)
   if network is None or vocabulary is None:
     raise ValueError('Without INITIAL_CHECKPOINT_PATH training starts from random weights, which '
                      'needs a network (--gin_file=network/….gin) and a VOCABULARY file.')
+  network = dataclasses.replace(network, scan_layers=execution.scan_layers)
   return base_checkpoint.random_base(network, vocabulary, seed,
                                      partitioner.sharding_for(logical_axes))
 
@@ -277,6 +283,11 @@ def _split(base: Base, added: PyTree, method: Any) -> tuple[PyTree, PyTree]:
   some, rest = param_paths.count(trainable), param_paths.count(frozen)
   logger.info('Training %s parameters, %.5f %% of %s (%s frozen).', f'{some:,}',
               100 * some / (some + rest), base.name, f'{rest:,}')
+  jax.eval_shape(combined, trainable, frozen)  # tells what cannot be changed
+  for path, leaf in param_paths.flatten(trainable).items():
+    if isinstance(leaf, int8.Quantized):
+      raise ValueError(f"PARAMETER_DTYPE='int8' is of frozen weights, but {path} trains: take "
+                       "'float32' or 'bfloat16'.")
   # A copy: training donates these buffers.
   return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), trainable), frozen
 

@@ -1,0 +1,99 @@
+"""Runs whose layers are scanned, computed again or in eight bits end as plain ones do."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from prompt_tuning_jax import eval as eval_verb
+from prompt_tuning_jax import optimizers, param_paths
+from prompt_tuning_jax.checkpoints import base_checkpoint, prompt_file
+from prompt_tuning_jax.data.text_file import TextFile
+from prompt_tuning_jax.networks import int8
+from prompt_tuning_jax.networks.execution import Execution
+from prompt_tuning_jax.training import lightweight, methods, prefix_tuning, run
+
+pytestmark = pytest.mark.usefixtures('token_dir')
+SCANNED = Execution(scan_layers=True, remat_policy='full')
+
+
+@pytest.fixture(scope='module')
+def two_layers(tmp_path_factory, tiny_base):
+  """tiny_base's vocabulary, and a network of two layers."""
+  folder = tmp_path_factory.mktemp('two_layers') / 'base'
+  given = base_checkpoint.load_base(tiny_base)
+  config = dataclasses.replace(given.config, num_encoder_layers=2, num_decoder_layers=2)
+  base = base_checkpoint.random_base(config, given.vocabulary.file)
+  base_checkpoint.write(folder, config, base.params, vocabulary=given.vocabulary)
+  return folder
+
+
+def trained(folder, base, reviews, method, **settings):
+  """The file that three steps of descent leave, without dropout."""
+  return run.train(
+      TextFile(str(reviews)), {'inputs': 16, 'targets': 6}, str(folder), str(base), method,
+      optimizers.adafactor(0.1), 3, 4, **{
+          'eval_period': 3, 'max_eval_examples': 8, 'dropout_rate': 0.0,
+          **settings})['prompt']
+
+
+@pytest.mark.parametrize('method', [
+    methods.PromptTuning(length=4),
+    pytest.param(methods.DeepPrompt(length=4), marks=pytest.mark.slow),
+    pytest.param(prefix_tuning.PrefixTuning(length=3, width=None), marks=pytest.mark.slow),
+    pytest.param(lightweight.PartTuning(), marks=pytest.mark.slow),
+], ids=['prompt', 'deep_prompt', 'prefix', 'norm_scales'])
+def test_a_scanned_run_leaves_what_an_unrolled_one_does(method, tmp_path, two_layers, reviews):
+  """Under the same names, for the same base, up to the order of sums."""
+  plain, scanned = (prompt_file.load(trained(tmp_path / name, two_layers, reviews, method,
+                                             execution=execution))
+                    for name, execution in (('plain', Execution()), ('scanned', SCANNED)))
+  assert scanned.metadata['base'] == plain.metadata['base']
+  assert scanned.params.keys() == plain.params.keys()
+  start = base_checkpoint.load_base(two_layers).params
+  for path, leaf in plain.params.items():
+    assert np.any(leaf != param_paths.flatten(start).get(path, 0))
+    np.testing.assert_allclose(scanned.params[path], leaf, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_a_model_that_is_tuned_scanned_is_written_by_layers(tmp_path, two_layers, reviews):
+  folder = trained(tmp_path / 'model', two_layers, reviews, methods.ModelTuning(),
+                   execution=SCANNED)
+  made, start = (param_paths.flatten(base_checkpoint.load_base(path).params)
+                 for path in (folder, two_layers))
+  assert made.keys() == start.keys() and any('layers_1' in path for path in made)
+
+
+def test_a_prompt_of_a_base_in_eight_bits(tmp_path, two_layers, reviews, capsys):
+  """It trains, belongs to the same base, and is evaluated in eight bits or in full."""
+  prompt = trained(tmp_path / 'model', two_layers, reviews, methods.PromptTuning(length=4),
+                   execution=SCANNED, parameter_dtype='int8')
+  prompt_file.check(prompt_file.load(prompt), base_checkpoint.load_base(two_layers))
+  lines = reviews.read_text(encoding='utf-8').splitlines()[:4]
+  rows = tmp_path / 'rows.jsonl'
+  rows.write_text('\n'.join(lines).replace('"text"', '"inputs"').replace('"label"', '"targets"'),
+                  encoding='utf-8')
+  for dtype in ('int8', 'float32'):
+    assert not eval_verb.main([f'--base={two_layers}', f'--prompt={prompt}', f'--input={rows}',
+                               f'--parameter_dtype={dtype}'])
+    assert 'accuracy' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('method, settings, message', [
+    (methods.ModelTuning(), {'parameter_dtype': 'int8'}, 'is of frozen weights, but .* trains'),
+    (lightweight.Lora(), {'parameter_dtype': 'int8'}, 'lora changes .*, which has eight bits'),
+    (lightweight.Ia3(), {'parameter_dtype': 'int8'}, 'ia3 changes .*, which has eight bits'),
+    (lightweight.Lora(), {'execution': SCANNED}, 'take SCAN_LAYERS=False'),
+    (methods.PromptTuning(4), {'execution': Execution(attention='pallas')}, 'needs a TPU'),
+], ids=['model', 'lora', 'ia3', 'lora_scanned', 'pallas'])
+def test_what_cannot_be_is_told_in_one_line(method, settings, message, tmp_path, two_layers,
+                                            reviews):
+  with pytest.raises(ValueError, match=message) as error:
+    trained(tmp_path / 'model', two_layers, reviews, method, **settings)
+  assert '\n' not in str(error.value)
+
+
+def test_weights_that_a_file_replaces_may_have_eight_bits():
+  leaf = int8.Quantized(*int8.quantize(np.eye(3), -1))
+  assert (leaf.shape, leaf.ndim, leaf.dtype) == ((3, 3), 2, np.float32)
