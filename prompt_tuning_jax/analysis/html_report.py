@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.analysis import figures, findings
 from prompt_tuning_jax.checkpoints.atomic_write import atomic_file
-from prompt_tuning_jax.types import Array
+from prompt_tuning_jax.networks import int8
+from prompt_tuning_jax.types import PyTree
 
 TEMPLATE = pathlib.Path(__file__).with_name('report.html')
 WHO = {'input': 'The text that is read', 'target': 'The text that is written',
@@ -38,17 +40,22 @@ def write(path: str | os.PathLike, found: Mapping[str, Any]) -> None:
     pathlib.Path(temporary).write_text(page(found), encoding='utf-8')
 
 
-def write_for_run(folder: pathlib.Path, kept: pathlib.Path, table: Array | None,
-                  vocabulary: Any) -> list[pathlib.Path]:
+def write_for_run(vocabulary: Any, embedding: str, frozen: PyTree, folder: pathlib.Path,
+                  kept: pathlib.Path) -> list[pathlib.Path]:
   """The reports of what a run has kept: a prompt file, or a folder with one for each task.
 
   They are MODEL_DIR/report.html, or report_TASK.html for each. Of a whole model there is none.
-  `table` [V, D] is the base's; what looks at the network itself is left to the verb `inspect`.
+  The base's words are in them where its table, the path `embedding`, is among the frozen leaves and
+  whole in this process. What looks at the network itself is left to the verb `inspect`.
   """
   files = sorted(kept.glob('*.safetensors')) if kept.is_dir() else [kept]
   if (kept / 'config.json').is_file():
     return []
-  words = None if table is None else np.asarray(table)[:vocabulary.size]
+  table, words = param_paths.flatten(frozen).get(embedding), None
+  if isinstance(table, int8.Quantized):
+    table = table.dequantized()
+  if table is not None and (table.is_fully_addressable or table.is_fully_replicated):
+    words = np.asarray(table)[:vocabulary.size]
   written = []
   for path in files:
     others = [other for other in files if other != path]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from prompt_tuning_jax import cloud_storage, param_paths, predictor
+from prompt_tuning_jax.analysis import html_report
 from prompt_tuning_jax.checkpoints import (
     atomic_write,
     base_checkpoint,
@@ -54,9 +55,8 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
           eval_subset: Callable[[TokenCache], TokenCache] | None = None,
           num_microbatches: int = 1, eval_batch_size: int | None = None,
           max_eval_examples: int | None = None, rank_labels: bool = True,
-          metric: str | None = None, patience: int = 0,
-          partitioner: Partitioner = Partitioner(), cache_dir: str | None = None,
-          config_text: str | None = None,
+          metric: str | None = None, patience: int = 0, partitioner: Partitioner = Partitioner(),
+          cache_dir: str | None = None, config_text: str | None = None, inspect: bool = True,
           steps: Callable[[loop.Training], Any] = loop.alone) -> Any:
   """Trains, evaluates and saves; resumes where MODEL_DIR left off.
 
@@ -77,10 +77,10 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
     rank_labels: the most probable label is the answer; False decodes, as Lester et al. evaluate.
     metric: chooses the best and, after `patience` evaluations without a better one, ends training;
       by default the task's first, or `loss`. config_text: kept as MODEL_DIR/config.gin.
+    inspect: write MODEL_DIR/report.html as well (`analysis.html_report`).
     steps: takes the steps (`training.population` those of several runs together).
 
   Of several processes all compute, and the first one writes; MODEL_DIR is a folder that all reach.
-
   Returns MODEL_DIR/report.json, {} in processes but the first; raises ValueError where what is
   given does not fit, or on NaN.
   """
@@ -103,7 +103,6 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
   trainable, frozen = _split(base, added, method)
   base = dataclasses.replace(base, params=None)  # `frozen` and `trainable` hold all there is
   train_steps = train_steps if trainable else 0
-
   source = _source(batching, tasks, caches, batch_size, seed, virtual)
   predictor = Predictor(model, words, None, eval_batch_size or 2 * batch_size, lengths['targets'],
                         partitioner)
@@ -116,19 +115,20 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
       'vocabulary': words.sha256, 'lengths': lengths, 'batch_size': batch_size, 'seed': seed,
       'batching': source.description, 'metric': evaluator and evaluator.metric,
       'evaluated': evaluator and evaluator.part}
+  look = functools.partial(html_report.write_for_run, words, config.embedding) if inspect else None
   return steps(loop.Training(
       Recipe(model, optimizer, seed, z_loss, label_smoothing, num_microbatches, partitioner),
       state, frozen, source.batch_at, functools.partial(
           _steps, state=state, frozen=frozen, described=described, model_dir=model_dir,
           config_text=config_text, saver=functools.partial(_saver, method, base, tasks, evaluator),
-          evaluator=evaluator, task=tasks.name, per_batch=source.examples_per_batch,
+          evaluator=evaluator, task=tasks.name, per_batch=source.examples_per_batch, look=look,
           schedule=loop.Schedule(train_steps, eval_period, save_period, log_period, patience))))
 
 
 def _steps(stop: Callable[[int], bool], *, state: train_state.TrainState, frozen: PyTree,
            described: Mapping[str, Any], model_dir: str, config_text: str | None, saver: Callable,
            evaluator: Callable | None, task: str, per_batch: float,
-           schedule: loop.Schedule) -> loop.Steps:
+           schedule: loop.Schedule, look: Callable | None) -> loop.Steps:
   """A run with its files, as a generator of the steps it wants (`loop.Training`)."""
   mirror = cloud_storage.Mirror(model_dir)
   with (file_lock.only_writer(mirror.folder),
@@ -145,7 +145,11 @@ def _steps(stop: Callable[[int], bool], *, state: train_state.TrainState, frozen
     if not processes.is_first():
       return {}
     progress.plot()
-    return _report(mirror, report.sizes(state, frozen), records, evaluator, int(state.step))
+    made = _report(mirror, report.sizes(state, frozen), records, evaluator, int(state.step))
+    if look:
+      look(frozen, mirror.folder, _kept(mirror.folder, records))
+      mirror.push()
+    return made
 
 
 def evaluate_ensemble(files: Mapping[str, str], folder: pathlib.Path, *, task: Any,
@@ -340,11 +344,16 @@ def _saver(method, base: Base, tasks: mixture.Mixture, evaluator, records: loop.
   return save
 
 
+def _kept(folder: pathlib.Path, records: loop.Records) -> pathlib.Path:
+  """The best of what was saved, or the last where nothing was evaluated: a file or a folder."""
+  name = 'last' if records.best_value is None else 'best'
+  return next((folder / 'prompts').glob(f'{name}*'))
+
+
 def _report(mirror: cloud_storage.Mirror, sizes: Mapping[str, Any], records: loop.Records,
             evaluator, steps: int) -> dict[str, Any]:
   """Writes and tells what the run cost and gave, all restarts together."""
-  name = 'last' if records.best_value is None else 'best'
-  kept = next((mirror.folder / 'prompts').glob(f'{name}*'))
+  kept = _kept(mirror.folder, records)
   result = {
       'prompt': mirror.name(kept), 'metric': evaluator and evaluator.metric,
       'best_value': records.best_value, 'best_step': records.best_step, 'steps': steps,

@@ -1,9 +1,11 @@
 """The page: nothing from outside, nothing that runs, well-formed, and the same bytes again."""
 
 import copy
+import functools
 import html.parser
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -135,16 +137,17 @@ def test_pictures_of_one_token_and_of_many_prompts(tmp_path):
 
 
 def test_the_reports_of_a_run_are_one_a_prompt_and_none_of_a_model(tmp_path):
-  table = np.random.default_rng(2).normal(size=(30, 8)).astype(np.float32)
+  frozen = {'embedder': {'table': jnp.asarray(np.random.default_rng(2).normal(size=(30, 8)))}}
   words = type('W', (Words,), {'size': 30})
+  write = functools.partial(html_report.write_for_run, words, 'embedder/table', frozen)
   one = save(tmp_path / 'a' / 'prompts' / 'best.safetensors')
-  assert html_report.write_for_run(tmp_path / 'a', one, table, words) == [
+  assert write(tmp_path / 'a', one) == [
       tmp_path / 'a' / 'report.html']
   many = tmp_path / 'b' / 'prompts' / 'best'
   for i, task in enumerate(('x', 'y')):
     save(many / f'{task}.safetensors', i, task=task)
-  written = html_report.write_for_run(tmp_path / 'b', many, table, words)
+  written = write(tmp_path / 'b', many)
   assert [path.name for path in written] == ['report_x.html', 'report_y.html']
   assert 'Other prompts' in written[0].read_text() and 'Nearest words' in written[1].read_text()
   (many / 'config.json').write_text('{}')
-  assert html_report.write_for_run(tmp_path / 'b', many, table, words) == []
+  assert write(tmp_path / 'b', many) == []
