@@ -10,6 +10,7 @@ import numpy as np
 from prompt_tuning_jax.checkpoints.stored_leaf import StoredLeaf
 from prompt_tuning_jax.types import Array, Shape
 
+MOST_LAYERS = 256  # more are a mistake, which would take minutes to find out
 Json = dict[str, Any]
 Leaves = Mapping[str, Array]
 
@@ -55,12 +56,13 @@ class Family:
   tensors: Callable[[Leaves], dict[str, Tensor]]
 
 
-def positive(path: pathlib.Path, config: Json, key: str, default: int) -> int:
+def positive(path: pathlib.Path, config: Json, key: str, default: int,
+             most: int = 2 ** 31 - 1) -> int:
   """A whole number of config.json; `default` where it has none or null."""
   value = config.get(key)
   value = default if value is None else value
-  if type(value) is not int or not 0 < value < 2 ** 31:
-    raise ValueError(f'{path}: {key} should be a positive whole number, got {value!r}.')
+  if type(value) is not int or not 0 < value <= most:
+    raise ValueError(f'{path}: {key} should be a whole number from 1 to {most}, got {value!r}.')
   return value
 
 

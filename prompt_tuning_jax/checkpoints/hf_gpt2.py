@@ -72,7 +72,7 @@ def read_config(path: pathlib.Path, config: Json) -> GPTConfig:
     raise ValueError(f'{path}: n_embd is {width}, which n_head, {heads}, does not divide.')
   return GPTConfig(
       vocab_size=positive('vocab_size', 50257) + SHIFT, emb_dim=width, num_heads=heads,
-      num_layers=positive('n_layer', 12), head_dim=width // heads,
+      num_layers=positive('n_layer', 12, most=hf_family.MOST_LAYERS), head_dim=width // heads,
       mlp_dim=positive('n_inner', 4 * width), mlp_activations=('gelu',),
       dropout_rate=hf_family.rate(path, config, 'resid_pdrop'), logits_via_embedding=True,
       max_positions=positive('n_positions', 1024), use_bias=True, scale_queries=True,

@@ -80,13 +80,13 @@ def read_config(path: pathlib.Path, config: Json, *, is_tied: bool, feed_forward
   """
   hf_family.expect(path, config, layer_norm_epsilon=LAYER_NORM_EPSILON)
   positive = functools.partial(hf_family.positive, path, config)
-  layers = positive('num_layers', 6)
+  layers = positive('num_layers', 6, most=hf_family.MOST_LAYERS)
   return T5Config(
       vocab_size=positive('vocab_size', 32128),
       emb_dim=positive('d_model', 512),
       num_heads=positive('num_heads', 8),
       num_encoder_layers=layers,
-      num_decoder_layers=positive('num_decoder_layers', layers),
+      num_decoder_layers=positive('num_decoder_layers', layers, most=hf_family.MOST_LAYERS),
       head_dim=positive('d_kv', 64),
       mlp_dim=positive('d_ff', 2048),
       mlp_activations=_activations(path, config, feed_forward),

@@ -161,12 +161,20 @@ def _load_leaf(leaf: StoredLeaf, sharding: jax.sharding.Sharding) -> jax.Array:
     if key not in parts:
       # Always a copy: an array on CPU may keep this memory, and the file must not stay mapped.
       parts[key] = np.array(leaf.read(index), order='C')
-      if not np.isfinite(parts[key]).all():
+      if not _is_finite(parts[key]):
         raise ValueError(f'it has values that are NaN or infinite in {leaf.dtype}')
     return parts[key]
 
   # Waiting frees the host's copy before the next leaf is read.
   return jax.make_array_from_callback(leaf.shape, sharding, part).block_until_ready()
+
+
+def _is_finite(array: np.ndarray) -> bool:
+  """Whether no value is NaN or infinite."""
+  if array.dtype == jnp.bfloat16 and array.size:
+    # Its exponent's bits tell it many times faster than NumPy's test, which knows no bfloat16.
+    return int((array.view(np.uint16) & 0x7fff).max()) < 0x7f80
+  return bool(np.isfinite(array).all())
 
 
 def to_host(path: str, leaf: Array) -> np.ndarray:

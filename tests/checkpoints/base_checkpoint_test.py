@@ -199,16 +199,18 @@ def test_a_flipped_bit_is_told_with_the_leaf(tmp_path, config):
   load_base(tmp_path / 'x')
 
 
-@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+@pytest.mark.parametrize('value', [np.nan, -np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize('write', [
     lambda folder, params: hf_safetensors.write(folder, CONFIG, params), t5x_legacy.write])
-def test_a_base_that_is_not_finite_is_refused_with_the_leaf(tmp_path, write, value):
-  params = jax.tree.map(np.array, random_params())
+def test_a_base_that_is_not_finite_is_refused_with_the_leaf(tmp_path, write, value, dtype):
+  params = jax.tree.map(lambda leaf: np.array(leaf, dtype), random_params())
+  params['decoder']['decoder_norm']['scale'][1] = -jnp.finfo(dtype).max
   params['encoder']['layers_0']['mlp']['wo']['kernel'][1, 2] = value
   write(tmp_path / 'x', params)
   with pytest.raises(ValueError, match='nreadable: encoder/layers_0/mlp/wo/kernel[^,]* it has '
                                        'values that are NaN or infinite'):
-    load_base(tmp_path / 'x', config=CONFIG)
+    load_base(tmp_path / 'x', config=CONFIG, dtype=dtype)
 
 
 def test_a_number_too_large_for_a_dtype_is_refused(tmp_path):

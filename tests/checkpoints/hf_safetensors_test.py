@@ -215,7 +215,8 @@ def test_a_missing_shard_names_its_tensors(tmp_path):
 
 @pytest.mark.parametrize('changes, reason', [
     ({'model_type': 'umt5'}, "model_type is 'umt5'"),
-    ({'d_model': 0}, 'd_model should be a positive whole number'),
+    ({'d_model': 0}, 'd_model should be a whole number from 1 to'),
+    ({'num_layers': 10 ** 6}, 'num_layers should be a whole number from 1 to 256'),
     ({'num_heads': '2'}, 'num_heads'),
     ({'num_layers': True}, 'num_layers'),
     ({'feed_forward_proj': 'swish'}, 'feed_forward_proj'),
