@@ -8,7 +8,7 @@ of what is told of it (`MOMENTS`: a save, a prompt file, an evaluation, the data
 then goes on, and is killed again, until it comes to its end. Then its files must be, byte for byte,
 those of the run that nobody disturbed; a resumed run must begin at the newest state that was whole.
 `steps` trains so many steps at once and tells its memory and open files on the way. Prints JSON;
---output also writes it.
+--output also writes it, beside what the file has of the other part.
 """
 
 import argparse
@@ -225,7 +225,8 @@ def long_run(folder: pathlib.Path, steps: int) -> dict:
   run = Run(command(folder, folder / 'long', steps), folder / 'log', folder / 'cache')
   seen = {}
   while run.runs():
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError, KeyError):
+    # It may end at any moment.
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError, TypeError):
       step = run.step
       status = pathlib.Path(f'/proc/{run.pid}/status').read_text()
       kilobytes, threads = (int(re.search(rf'^{name}:\s+(\d+)', status, re.MULTILINE)[1])
@@ -250,6 +251,16 @@ def check(holds: bool, message: str, folder: pathlib.Path) -> None:
     raise SystemExit(f'{message} The last run said:\n{(folder / "log").read_text()}')
 
 
+def tell(result: dict, output: str | None) -> None:
+  """Prints a part, and writes it beside what `output` has of others."""
+  text = json.dumps(result, indent=1)
+  print(text, flush=True)
+  if output:
+    path = pathlib.Path(output)
+    others = json.loads(path.read_text('utf-8')) if path.exists() else {}
+    path.write_text(json.dumps({**others, **result}, indent=1) + '\n', 'utf-8')
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--kills', type=int, default=50)
@@ -261,15 +272,11 @@ def main() -> None:
   with tempfile.TemporaryDirectory(prefix='kill_training.') as folder:
     folder = pathlib.Path(folder)
     write_base(folder)
-    result = {'seed': flags.seed}
     if flags.kills:
-      result['killed'] = kill(folder, flags.kills, flags.run_steps, flags.seed)
+      killed = kill(folder, flags.kills, flags.run_steps, flags.seed)
+      tell({'seed': flags.seed, 'killed': killed}, flags.output)
     if flags.steps:
-      result['long_run'] = long_run(folder, flags.steps)
-  text = json.dumps(result, indent=1) + '\n'
-  print(text, end='')
-  if flags.output:
-    pathlib.Path(flags.output).write_text(text, encoding='utf-8')
+      tell({'long_run': long_run(folder, flags.steps)}, flags.output)
 
 
 if __name__ == '__main__':

@@ -155,6 +155,8 @@ def train(state: TrainState, stop: Callable[[int], bool],
       break
     state, metrics = yield step, state
     pending.append(metrics)
+    if not schedule.log_period:
+      del pending[:-AHEAD]  # the last step tells of these alone: a long run must not gather more
     jax.block_until_ready(pending[-AHEAD:][0])
     step += 1
     last = step == schedule.train_steps

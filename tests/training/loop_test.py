@@ -95,6 +95,13 @@ def test_metrics_are_one_object_a_line_and_a_restart_writes_no_step_twice(tmp_pa
   assert len((tmp_path / 'metrics.jsonl').read_text().splitlines()) == 2
 
 
+def test_a_run_that_tells_nothing_gathers_nothing(tmp_path):
+  run(tmp_path, loop.Schedule(20, log_period=0))
+  line, = map(json.loads, (tmp_path / 'metrics.jsonl').open())
+  last = range(20 - loop.AHEAD, 20)
+  assert (line['step'], line['loss']) == (20, sum(last) / len(last))
+
+
 def test_curves_and_events_are_written(tmp_path):
   progress = Progress(tmp_path, 10)
   for step in (5, 10):

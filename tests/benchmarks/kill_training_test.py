@@ -1,0 +1,28 @@
+"""Runs that are killed end as those that are not: the benchmark in little."""
+
+import importlib.util
+import pathlib
+
+import pytest
+
+FOLDER = pathlib.Path(__file__).resolve().parents[2] / 'benchmarks'
+_spec = importlib.util.spec_from_file_location('kill_training', FOLDER / 'kill_training.py')
+kill_training = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(kill_training)
+
+
+@pytest.mark.slow
+def test_killed_runs_end_byte_for_byte_as_an_undisturbed_one(tmp_path):
+  kill_training.write_base(tmp_path)
+  result = kill_training.kill(tmp_path, kills=12, steps=400, seed=1)
+  assert result['kills'] == 12 and result['bit_equal'] == result['runs_to_the_end'] >= 1
+  assert len(result['by_moment']) > 2
+
+
+@pytest.mark.slow
+def test_memory_and_open_files_stay_as_they_are(tmp_path):
+  kill_training.write_base(tmp_path)
+  result = kill_training.long_run(tmp_path, steps=3000)
+  assert result['saves'] == 150 and len(result['on_the_way']) > 3
+  assert result['open_files_grown'] <= 4
+  assert result['megabytes_grown_after_a_tenth'] < 60
