@@ -64,7 +64,6 @@ def measured(config, kind, rows=range(3), virtual=None, width=None):
   return program(model, virtual.length if virtual else 0)(params, batch)
 
 
-@functools.cache
 def program(model, length):
   return jax.jit(functools.partial(attention_mass.of_batch, model, length))
 
