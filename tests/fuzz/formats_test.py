@@ -24,7 +24,7 @@ NEEDING = {'peft_of_peft': 'peft', 't5_of_transformers': 'transformers',
            'gpt2_of_transformers': 'transformers', 'tokenizer': 'tokenizers',
            'merges': 'tokenizers'}
 ALL = (*EXACT, *OTHERS, *NEEDING)
-# How many of these are to be told from what was written, or the damage is none.
+# A few formats in the fast run, and how many cases of each in the slow one.
 FAST, SLOW = ('prompt', 'peft', 't5', 't5x', 'token_cache', 'jsonl', 'tokenizer'), 400
 
 
@@ -61,9 +61,8 @@ def check(folder: pathlib.Path, names, last: int, first: int = 0) -> None:
   for name in names:
     results = collections.Counter(case['result'] for case in cases if case['format'] == name)
     assert results.total() == last - first
-    # Most damage is found out, or the cases are none.
-    assert results['refused'] + (results['different'] if name not in EXACT else 0) > (
-        0.4 * results.total()), (name, results)
+    # Most damage matters, or these are no cases; of an unfinished file it is made good.
+    assert name == 'partial' or results['equal'] < 0.6 * results.total(), (name, results)
 
 
 def test_some_cases_of_every_kind_of_file(specimens):
