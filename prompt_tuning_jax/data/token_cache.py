@@ -349,6 +349,8 @@ def _remove_abandoned(cache_dir: pathlib.Path) -> None:
 
 def _cache_dir(cache_dir) -> pathlib.Path:
   if cache_dir:
+    if '://' in str(cache_dir):  # it is read by memory map
+      raise ValueError(f'cache_dir should be a folder of this machine, got {cache_dir}.')
     return pathlib.Path(cache_dir).expanduser()
   root = os.environ.get(ENVIRONMENT) or '~/.cache/prompt_tuning_jax'
   return pathlib.Path(root).expanduser() / 'tokens'

@@ -6,8 +6,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import cloud_storage, export, infer, optimizers
+from prompt_tuning_jax import cloud_storage, export, infer, optimizers, train_ensemble
 from prompt_tuning_jax.checkpoints import base_checkpoint, prompt_file
+from prompt_tuning_jax.data import token_cache
 from prompt_tuning_jax.data.text_file import TextFile
 from prompt_tuning_jax.training import methods, run
 
@@ -133,6 +134,14 @@ def test_a_mirror_writes_what_changed_and_deletes_what_went(bucket):
 def test_what_is_not_there_is_one_line(bucket, call):
   with pytest.raises(ValueError, match=r'^There is nothing at gs://test-bucket/missing\.$'):
     call(f'{bucket.url}/missing')
+
+
+def test_what_needs_a_folder_of_this_machine_says_so(tiny_base, reviews, capsys):
+  with pytest.raises(ValueError, match='cache_dir should be a folder of this machine'):
+    token_cache.open_or_build(TextFile(str(reviews)), 'train', base_checkpoint.load_base(
+        str(tiny_base)).vocabulary, {'inputs': 8, 'targets': 8}, 'gs://bucket/tokens')
+  assert train_ensemble.main(['--seeds', '0', '1', '--gin.MODEL_DIR=gs://bucket/run']) == 1
+  assert 'is a folder of this machine, got gs:' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('path', ['gs://', 'gs:///', 'gs://b/../c'])
