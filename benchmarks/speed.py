@@ -6,8 +6,8 @@ Each benchmark runs in a process of its own, in which what it compares takes tur
 what is compared, our figure and the other's (seconds, unless it says otherwise), their ratio, the
 target (`TARGETS`), and whether it holds. --quick takes few turns: for a look, not for figures.
 --only runs some of the benchmarks. A benchmark that fails is a line that says so, and exit status
-1. With --output the JSON holds the table and the whole JSON of each benchmark, and a plot stands
-beside it.
+1. What needs an accelerator is accelerator.py's. With --output the JSON holds the table and the
+whole JSON of each benchmark, and a plot stands beside it.
 """
 
 import argparse
@@ -71,6 +71,10 @@ def of_method_step_time(found: dict) -> Iterator[Line]:
   seconds = found['median_seconds']
   yield Line('method_step_time', 'step: prompt tuning, model tuning', seconds['prompt_tuning'],
              seconds['model_tuning'], found['prompt_tuning_to_model_tuning'])
+  if peaks := found.get('peak_bytes'):
+    yield Line('method_step_time memory', 'peak bytes: prompt tuning, model tuning',
+               peaks['prompt_tuning']['steps'], peaks['model_tuning']['steps'],
+               found['peak_bytes_ratios']['steps'])
 
 
 def of_against_peft(found: dict) -> Iterator[Line]:
@@ -112,6 +116,15 @@ def of_prediction(found: dict) -> Iterator[Line]:
                      seconds['ratios'][ratio]['of_medians'])
 
 
+def of_population(found: dict) -> Iterator[Line]:
+  """A step of many prompts at once against one after another."""
+  for case in found['cases']:
+    seconds = case['passed']['median_seconds']
+    yield Line('population', f'{case["members"]} prompts of {case["rows"]} rows, '
+               f'{case["network"]}: at once, in turn', seconds['at_once'], seconds['in_turn'],
+               case['passed']['ratio'])
+
+
 def of_host_pipeline(found: dict) -> Iterator[Line]:
   """The host's time for a batch against the step that uses it up."""
   for result in found['results']:
@@ -131,6 +144,7 @@ BENCHMARKS = {
     'method_step_time': Benchmark((), ('--repeats=3',), of_method_step_time),
     'against_peft': Benchmark((), ('--networks=t5_1_1_small', '--repeats=3'), of_against_peft),
     'end_to_end': Benchmark((), ('--rows=64', '--eval_rows=32', '--turns=1'), of_end_to_end),
+    'population': Benchmark((), ('--networks=mini', '--rows=1', '--repeats=3'), of_population),
     'prediction': Benchmark((), ('--networks=mini', '--repeats=3'), of_prediction),
     'host_pipeline': Benchmark((), ('--networks=mini', '--repeats=3'), of_host_pipeline),
     'kept_state': Benchmark(('--parts=stall',), ('--network=mini', '--repeats=5'), of_kept_state),
