@@ -1,0 +1,348 @@
+"""Step time, MFU, roofline and memory of prompt tuning on an accelerator, beside PEFT.
+
+  python benchmarks/accelerator.py --output=benchmarks/accelerator.json   # where there is one
+  python benchmarks/accelerator.py --dry_run                              # anywhere: shapes alone
+
+T5 1.1 from small to XXL with random weights in bfloat16 (XXL's in int8), bfloat16 activations,
+dropout, a prompt of 100 before 512 input tokens, 32 target tokens. Each size runs in a process of
+its own. It needs neither TensorFlow nor SeqIO.
+
+MFU     4 FLOPs for each parameter and the tokens that it sees (2 forward, 2 backward: a frozen
+        weight needs no gradient of its own), over the step's time and the chip's peak. Lookups and
+        the products of attention are not counted.
+Roof    the least time that a step can take: XLA's FLOPs over the peak, or its bytes over the
+        memory's bandwidth, whichever is more. XLA counts the body of a loop once, and fused
+        attention not at all, so it counts unrolled networks of one and of two layers with plain
+        attention, compiled; all others lie on the line through them. Bytes are those of the
+        compiled program, in which a fusion counts what it reads and writes.
+Memory  of the compiled program (arguments and temporaries), and the device's own peak.
+PEFT    the same network in torch: bfloat16, sdpa, torch.compile, dropout, prompt for the encoder
+        alone, AdamW. The two take turns (A B A B …); the ratio is that of their median times.
+
+--dry_run lowers the step for CUDA and for TPUs and, with --compile, compiles it for the machine at
+hand, whose compiler then says what memory it takes; a CPU's computes bfloat16 in float32, so it
+takes more than an accelerator.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # torch needs some memory, too
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prompt_tuning_jax import launch, optimizers, param_paths
+from prompt_tuning_jax.networks import int8, parameters
+from prompt_tuning_jax.networks.execution import Execution
+from prompt_tuning_jax.training import methods
+from prompt_tuning_jax.training import state as train_state
+from prompt_tuning_jax.training.step import make_train_step
+
+SIZES = ('small', 'base', 'large', 'xl', 'xxl')
+# By the start of `device_kind`, the first that fits: dense bfloat16 FLOP/s and bytes/s, as the
+# makers give them (nvidia.com; cloud.google.com/tpu/docs/system-architecture-tpu-vm).
+PEAKS = {
+    'NVIDIA H200': (989e12, 4.8e12), 'NVIDIA H100 PCIe': (756e12, 2.0e12),
+    'NVIDIA H100 NVL': (835e12, 3.9e12), 'NVIDIA H100': (989e12, 3.35e12),
+    'NVIDIA A100': (312e12, 2.04e12), 'TPU v6 lite': (918e12, 1.64e12),
+    'TPU v5 lite': (197e12, 0.819e12), 'TPU v5': (459e12, 2.765e12),
+    'TPU v4': (275e12, 1.2e12)}
+PLATFORMS = {'cuda': 'xla', 'tpu': 'pallas'}  # what --dry_run lowers, with which attention
+
+
+def peaks(device_kind: str) -> tuple[float, float] | None:
+  """(FLOP/s, bytes/s) of a chip, None for one that is not in the table."""
+  return next((peak for start, peak in PEAKS.items() if device_kind.startswith(start)), None)
+
+
+def configuration(size: str, flags: argparse.Namespace, attention: str) -> Any:
+  """The network with the settings of a large one."""
+  config = launch.network_named(f't5_1_1_{size}')
+  return dataclasses.replace(
+      config, dtype='bfloat16', dropout_rate=flags.dropout_rate, scan_layers=True,
+      remat_policy=flags.remat_policy, attention=attention)
+
+
+def parameter_dtype(size: str, flags: argparse.Namespace) -> str:
+  return flags.parameter_dtype or ('int8' if size == 'xxl' else 'bfloat16')
+
+
+def step_and_shapes(config: Any, dtype: str, flags: argparse.Namespace) -> tuple[Any, tuple]:
+  """(the compiled step, shapes of its arguments: state, frozen leaves, batch)."""
+  optimizer = optimizers.adafactor()
+  step = make_train_step(methods.PromptTuning(flags.prompt_length).model(config), optimizer, seed=0,
+                         z_loss=1e-4)
+  rows = jax.ShapeDtypeStruct((flags.prompt_length, config.emb_dim), jnp.float32)
+  state = jax.eval_shape(lambda rows: train_state.create({'prompt': {'embedding': rows}},
+                                                         optimizer), rows)
+  tokens = lambda width, dtype=jnp.int32: jax.ShapeDtypeStruct((flags.batch_size, width), dtype)
+  batch = {'encoder_input_tokens': tokens(flags.prompt_length + flags.input_length),
+           'decoder_input_tokens': tokens(flags.target_length),
+           'decoder_target_tokens': tokens(flags.target_length),
+           'decoder_loss_weights': tokens(flags.target_length, jnp.float32)}
+  return step, (state, parameters.shapes(config, dtype), batch)
+
+
+def arrays(shapes: tuple, vocab_size: int) -> tuple:
+  """Random arrays of these shapes, made on the device leaf by leaf."""
+  state, frozen, batch = shapes
+  keys = iter(jax.random.split(jax.random.key(0), 10_000))
+
+  @jax.jit
+  def normal(key, like):
+    scale = 1.0 if len(like.shape) < 2 else like.shape[-2] ** -0.5
+    return (scale * jax.random.normal(key, like.shape, jnp.float32)).astype(like.dtype)
+
+  def leaf(like: Any) -> Any:
+    zeros = jnp.zeros(like.shape, like.dtype)
+    if not isinstance(like, int8.Quantized):
+      return normal(next(keys), zeros)
+    values = jax.random.randint(next(keys), like.shape, -127, 128, jnp.int8)
+    scale = jnp.full(like.scale.shape, like.shape[-2] ** -0.5 / 73, jnp.float32)
+    return int8.Quantized(values, scale)
+
+  rng = np.random.default_rng(0)
+  size = next(iter(jax.tree.leaves(state.trainable))).shape[0]
+  made = {name: rng.integers(3, vocab_size, x.shape, dtype=np.int32) for name, x in batch.items()
+          if x.dtype == jnp.int32}
+  made['encoder_input_tokens'][:, :size] = vocab_size + np.arange(size)
+  made['decoder_loss_weights'] = np.ones(batch['decoder_loss_weights'].shape, np.float32)
+  start = train_state.create(jax.tree.map(lambda x: normal(next(keys), jnp.zeros(
+      x.shape, x.dtype)), state.trainable), optimizers.adafactor())
+  frozen = {path: leaf(like) for path, like in param_paths.flatten(frozen).items()}
+  return start, param_paths.unflatten(frozen), jax.device_put(made)
+
+
+def model_flops(config: Any, flags: argparse.Namespace) -> float:
+  """4 FLOPs for each parameter of a product and each token that it sees, of one step."""
+  inputs = flags.batch_size * (flags.prompt_length + flags.input_length)
+  targets = flags.batch_size * flags.target_length
+  total = 0
+  for path, spec in parameters.parameter_specs(config).items():
+    if path.endswith('/kernel'):
+      of_inputs = path.startswith('encoder/') or any(
+          f'encoder_decoder_attention/{name}/' in path for name in ('key', 'value'))
+      total += 4 * math.prod(spec.shape) * (inputs if of_inputs else targets)
+  return total
+
+
+def xla_cost(config: Any, dtype: str, flags: argparse.Namespace) -> dict[str, float]:
+  """{'flops', 'bytes'} of a step as XLA counts them, from networks of one and two layers."""
+  counted = []
+  for layers in (1, 2):
+    small = dataclasses.replace(config, num_encoder_layers=layers, num_decoder_layers=layers,
+                                scan_layers=False, attention='xla')
+    step, shapes = step_and_shapes(small, dtype, flags)
+    counted.append(step.lower(*shapes).compile().cost_analysis())
+  line = lambda name: counted[0][name] + (config.num_encoder_layers - 1) * (
+      counted[1][name] - counted[0][name])
+  return {'flops': line('flops'), 'bytes': line('bytes accessed')}
+
+
+def memory(compiled: Any) -> dict[str, int]:
+  """Bytes of a compiled program; arguments that are given back are counted once."""
+  found = compiled.memory_analysis()
+  kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+  return {'arguments_and_outputs': kept, 'temporaries': found.temp_size_in_bytes,
+          'total': kept + found.temp_size_in_bytes}
+
+
+def dry_run(size: str, flags: argparse.Namespace, platforms: dict[str, str]) -> dict[str, Any]:
+  """What is known of a step from shapes: it is lowered for the platforms, nothing is allocated."""
+  dtype, result = parameter_dtype(size, flags), {}
+  for platform, attention in platforms.items():
+    config = configuration(size, flags, attention)
+    step, shapes = step_and_shapes(config, dtype, flags)
+    start = time.perf_counter()
+    lowered = step.trace(*shapes).lower(lowering_platforms=(platform,))
+    result[platform] = {'attention': attention, 'seconds_to_lower': time.perf_counter() - start,
+                        'bytes_of_program': len(lowered.as_text())}
+  count = lambda leaf: math.prod(leaf.shape)
+  specs = parameters.parameter_specs(config)
+  result |= {'parameter_dtype': dtype, 'parameters': sum(map(count, specs.values())),
+             'model_flops': model_flops(config, flags),
+             'argument_bytes': sum(count(leaf) * leaf.dtype.itemsize
+                                   for leaf in jax.tree.leaves(shapes))}
+  if flags.compile:
+    step, shapes = step_and_shapes(configuration(size, flags, 'xla'), dtype, flags)
+    start = time.perf_counter()
+    result['compiled'] = {'for': jax.devices()[0].device_kind,
+                          'memory': memory(step.lower(*shapes).compile()),
+                          'seconds': time.perf_counter() - start}
+  return result
+
+
+def our_run(size: str, flags: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+  """(a function that takes one step and waits for it, what is known of the step)."""
+  config, dtype = configuration(size, flags, 'xla'), parameter_dtype(size, flags)
+  config = Execution(True, flags.remat_policy, flags.attention).applied(config)
+  step, shapes = step_and_shapes(config, dtype, flags)
+  start = time.perf_counter()
+  compiled = step.lower(*shapes).compile()
+  known = {'parameter_dtype': dtype, 'attention': config.attention,
+           'seconds_to_compile': time.perf_counter() - start, 'memory': memory(compiled),
+           'model_flops': model_flops(config, flags), 'xla': xla_cost(config, dtype, flags)}
+  state, frozen, batch = arrays(shapes, config.vocab_size)
+  held = [state]
+
+  def run() -> None:
+    held[0], metrics = compiled(held[0], frozen, batch)
+    known['loss'] = float(jax.block_until_ready(metrics)['loss'])
+
+  return run, known
+
+
+def peft_run(size: str, flags: argparse.Namespace) -> Any:
+  """The same step by PEFT; raises ImportError where it or a GPU for torch is missing."""
+  import peft
+  import torch
+  import transformers
+  if not torch.cuda.is_available():
+    raise ImportError('torch has no GPU')
+  config = launch.network_named(f't5_1_1_{size}')
+  with torch.device('cuda'):
+    torch.set_default_dtype(torch.bfloat16)
+    base = transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=config.vocab_size, d_model=config.emb_dim, d_kv=config.head_dim,
+        d_ff=config.mlp_dim, num_layers=config.num_encoder_layers, num_heads=config.num_heads,
+        feed_forward_proj='gated-gelu', tie_word_embeddings=False, decoder_start_token_id=0,
+        dropout_rate=flags.dropout_rate, use_cache=False, attn_implementation='sdpa'))
+    torch.set_default_dtype(torch.float32)
+    model = peft.get_peft_model(base, peft.PromptTuningConfig(
+        task_type='SEQ_2_SEQ_LM', num_virtual_tokens=flags.prompt_length,
+        num_transformer_submodules=1))
+    model.train()
+    tokens = lambda width: torch.randint(3, config.vocab_size, (flags.batch_size, width))
+    inputs, labels = tokens(flags.input_length), tokens(flags.target_length)
+    mask = torch.ones_like(inputs)
+  optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+  compiled = torch.compile(model)
+
+  def run() -> None:
+    optimizer.zero_grad()
+    with torch.autocast('cuda', torch.bfloat16):
+      compiled(input_ids=inputs, attention_mask=mask, labels=labels).loss.backward()
+    optimizer.step()
+    torch.cuda.synchronize()
+
+  return run
+
+
+def measure(size: str, flags: argparse.Namespace) -> dict[str, Any]:
+  """Times a network's step, PEFT's in turns with it where there is one."""
+  kind = jax.devices()[0].device_kind
+  ours, known = our_run(size, flags)
+  runs, why = {'ours': ours}, None
+  try:
+    runs['peft'] = peft_run(size, flags)
+  except ImportError as error:
+    why = str(error)
+  for run in runs.values():
+    for _ in range(3):  # compiles, then warms up
+      run()
+  seconds = {name: [] for name in runs}
+  for _ in range(flags.repeats):
+    for name, run in runs.items():
+      start = time.perf_counter()
+      run()
+      seconds[name].append(time.perf_counter() - start)
+  medians = {name: statistics.median(times) for name, times in seconds.items()}
+  stats = jax.devices()[0].memory_stats() or {}
+  return {**known, 'device': kind, 'medians': medians, 'seconds': seconds, 'without_peft': why,
+          'peak_bytes': stats.get('peak_bytes_in_use'),
+          **against(peaks(kind), known, medians)}
+
+
+def against(peak: tuple[float, float] | None, known: dict[str, Any],
+            medians: dict[str, float]) -> dict[str, Any]:
+  """MFU, the roof and the ratio to PEFT; None for what cannot be told."""
+  time_of, result = medians['ours'], {'mfu': None, 'roof_seconds': None, 'roof': None}
+  if peak:
+    of_flops, of_bytes = known['xla']['flops'] / peak[0], known['xla']['bytes'] / peak[1]
+    result = {'mfu': known['model_flops'] / time_of / peak[0],
+              'roof_seconds': max(of_flops, of_bytes),
+              'roof': 'FLOPs' if of_flops > of_bytes else 'bytes'}
+  result['times_as_fast_as_peft'] = medians['peft'] / time_of if 'peft' in medians else None
+  return result
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+  """The results as lines of a table."""
+  number = lambda value, form: 'unknown' if value is None else format(value, form)
+  if 'medians' not in next(iter(results.values())):
+    rows = [('network', 'parameters', 'TFLOP a step', 'arguments, GB', 'compiled, GB', 'seconds')]
+    rows += [(size, f'{of["parameters"]:,}', f'{of["model_flops"] / 1e12:.2f}',
+              f'{of["argument_bytes"] / 1e9:.2f}',
+              number(of.get('compiled') and of['compiled']['memory']['total'] / 1e9, '.2f'),
+              number(of.get('compiled') and of['compiled']['seconds'], '.0f'))
+             for size, of in results.items()]
+  else:
+    rows = [('network', 'weights', 'attention', 'step, ms', 'roof, ms', 'MFU', 'memory, GB',
+             'times PEFT')]
+    rows += [(size, of['parameter_dtype'], of['attention'], f'{1e3 * of["medians"]["ours"]:.1f}',
+              number(of['roof_seconds'] and 1e3 * of['roof_seconds'], '.1f'),
+              number(of['mfu'], '.1%'), f'{of["memory"]["total"] / 1e9:.1f}',
+              number(of['times_as_fast_as_peft'], '.2f')) for size, of in results.items()]
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return '\n'.join('  '.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+                   for row in rows)
+
+
+def in_its_own_process(size: str, argv: list[str]) -> dict[str, Any]:
+  """The result of one network: a process's peak is of all that it has run."""
+  with tempfile.TemporaryDirectory() as folder:
+    output = pathlib.Path(folder, 'result.json')
+    subprocess.run([sys.executable, __file__, *argv, f'--alone={size}', f'--output={output}'],
+                   check=True, stdout=subprocess.DEVNULL)
+    return json.loads(output.read_text('utf-8'))[size]
+
+
+def parser() -> argparse.ArgumentParser:
+  made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  add = made.add_argument
+  add('--sizes', nargs='+', default=SIZES, choices=SIZES)
+  add('--alone', choices=SIZES, help=argparse.SUPPRESS)
+  add('--batch_size', type=int, default=8)
+  add('--input_length', type=int, default=512)
+  add('--prompt_length', type=int, default=100)
+  add('--target_length', type=int, default=32)
+  add('--dropout_rate', type=float, default=0.1)
+  add('--parameter_dtype', choices=('float32', 'bfloat16', 'int8'))
+  add('--remat_policy', default='minimal')
+  add('--attention', default='auto')
+  add('--repeats', type=int, default=20)
+  add('--dry_run', action='store_true', help='lower for accelerators, from shapes alone')
+  add('--compile', action='store_true', help='with --dry_run: compile for this machine, too')
+  add('--output', metavar='FILE.json')
+  return made
+
+
+def main(argv: list[str] | None = None) -> None:
+  argv = sys.argv[1:] if argv is None else argv
+  flags = parser().parse_args(argv)
+  if flags.dry_run:
+    results = {size: dry_run(size, flags, PLATFORMS)
+               for size in ([flags.alone] if flags.alone else flags.sizes)}
+  elif flags.alone:
+    results = {flags.alone: measure(flags.alone, flags)}
+  else:
+    results = {size: in_its_own_process(size, argv) for size in flags.sizes}
+  print(table(results))
+  if flags.output:
+    pathlib.Path(flags.output).write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,92 @@
+"""The accelerator benchmark, on the CPU: its shapes, what it counts, and XXL within 24 GB."""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+
+from prompt_tuning_jax import launch
+from prompt_tuning_jax.networks import t5
+
+FILE = pathlib.Path(__file__).resolve().parents[2] / 'benchmarks' / 'accelerator.py'
+_spec = importlib.util.spec_from_file_location('accelerator', FILE)
+accelerator = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(accelerator)
+
+TINY = t5.T5Config(vocab_size=64, emb_dim=16, num_heads=2, num_encoder_layers=3,
+                   num_decoder_layers=3, head_dim=8, mlp_dim=24)
+SMALL_SHAPES = ['--batch_size=2', '--input_length=12', '--prompt_length=4', '--target_length=6']
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+  monkeypatch.setattr(launch, 'network_named', lambda name: TINY)
+
+
+def test_what_is_timed_is_a_step(tiny, tmp_path, capsys):
+  """All but the chip's peak and PEFT on a GPU, which are told to be unknown."""
+  output = tmp_path / 'result.json'
+  accelerator.main(['--alone=xxl', '--repeats=2', f'--output={output}', *SMALL_SHAPES])
+  found = json.loads(output.read_text('utf-8'))['xxl']
+  assert found['parameter_dtype'] == 'int8' and np.isfinite(found['loss'])
+  assert len(found['seconds']['ours']) == 2 and found['medians']['ours'] > 0
+  assert found['without_peft'] and found['times_as_fast_as_peft'] is None
+  assert found['memory']['total'] > found['memory']['arguments_and_outputs'] > 0
+  assert found['xla']['flops'] > found['model_flops'] and found['xla']['bytes'] > 0
+  assert capsys.readouterr().out.splitlines()[1].split()[:3] == ['xxl', 'int8', 'xla']
+
+
+def test_layers_lie_on_a_line(tiny):
+  """What one and two layers foretell of three is what is counted of three."""
+  flags = accelerator.parser().parse_args([*SMALL_SHAPES, '--dropout_rate=0'])
+  config = dataclasses.replace(TINY, remat_policy='none')
+  foretold = accelerator.xla_cost(config, 'float32', flags)
+  step, shapes = accelerator.step_and_shapes(config, 'float32', flags)
+  counted = step.lower(*shapes).compile().cost_analysis()
+  assert foretold['flops'] == pytest.approx(counted['flops'], rel=0.01)
+
+
+def test_four_flops_for_each_parameter_and_token(tiny):
+  flags = accelerator.parser().parse_args(SMALL_SHAPES)
+  attention, mlp = 4 * 16 * 16, 3 * 16 * 24
+  of_inputs = 3 * (attention + mlp) + 3 * attention / 2
+  of_targets = 3 * (attention + attention / 2 + mlp) + 16 * 64
+  assert accelerator.model_flops(TINY, flags) == 4 * 2 * (16 * of_inputs + 6 * of_targets)
+
+
+def test_a_result_is_held_against_the_chip():
+  known = {'model_flops': 4e12, 'xla': {'flops': 5e12, 'bytes': 1e9}}
+  found = accelerator.against(accelerator.peaks('NVIDIA H200'), known,
+                              {'ours': 0.01, 'peft': 0.02})
+  assert found['mfu'] == pytest.approx(4e12 / 0.01 / 989e12)
+  assert found['roof_seconds'] == pytest.approx(5e12 / 989e12) and found['roof'] == 'FLOPs'
+  assert found['times_as_fast_as_peft'] == 2
+  assert accelerator.peaks('TPU v5 lite')[0] == 197e12 and accelerator.peaks('TPU v5p')[0] == 459e12
+  assert accelerator.peaks('cpu') is None
+
+
+@pytest.mark.parametrize('size', [
+    'small', *(pytest.param(size, marks=pytest.mark.slow) for size in ('base', 'large', 'xl'))])
+def test_every_size_is_lowered_for_accelerators(size, monkeypatch):
+  monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000)
+  flags = accelerator.parser().parse_args([])
+  found = accelerator.dry_run(size, flags, {'cuda': 'cudnn', 'tpu': 'pallas'})
+  assert found['cuda']['bytes_of_program'] > 0 < found['tpu']['bytes_of_program']
+  assert found['argument_bytes'] == pytest.approx(2 * found['parameters'], rel=0.02)
+
+
+@pytest.mark.slow
+def test_xxl_trains_a_prompt_within_24_gb(monkeypatch):
+  """11 billion parameters, 8 rows of 512 + 100 and 32 tokens: lowered, and compiled for the CPU,
+  which takes more memory than an accelerator as it computes bfloat16 in float32."""
+  monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000)
+  flags = accelerator.parser().parse_args(['--compile'])
+  with jax.enable_compilation_cache(False):
+    found = accelerator.dry_run('xxl', flags, {'cuda': 'cudnn', 'tpu': 'pallas'})
+  assert found['parameters'] > 11e9
+  assert found['compiled']['memory']['total'] <= 24e9
