@@ -22,9 +22,9 @@ FLOORS = (
     {'predictor', 'analysis'},
     {'training', 'prompted_base', 'serving', 't5x_bridge'},
     {'launch'},
-    {'verb'},
+    {'verb', 'many_runs'},
     {'train', 'train_ensemble', 'train_vocabulary', 'eval', 'infer', 'score', 'serve', 'export',
-     'similarity', 'inspect'},
+     'similarity', 'inspect', 'sweep'},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TENSORFLOW = {'tensorflow', 'tensorflow_text', 'tensorflow_datasets', 'seqio', 't5', 'clu'}

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax import eval as eval_verb
-from prompt_tuning_jax import infer, prompted_base, score, train_ensemble
+from prompt_tuning_jax import infer, many_runs, prompted_base, score, train_ensemble
 from prompt_tuning_jax.checkpoints import base_checkpoint, prompt_file
 from prompt_tuning_jax.checkpoints.prompt_file import PromptFile
+from prompt_tuning_jax.training import population, run
 
 LABELS = ['bad', 'good']
 NAMES = ['first', 'second', 'third']
@@ -196,7 +197,7 @@ def test_seeds_are_trained_and_measured_by_one_command(tiny_base, reviews, tmp_p
     (['--gin.EVAL_PERIOD=0'], 'EVAL_PERIOD above 0'), (['--dry_run'], 'leave out --dry_run'),
     (['--gin.run.train.seed=3'], '--seeds alone'), (['--gin.MODEL_DIR=/tmp/other'], 'once')])
 def test_what_is_no_ensemble_is_told_before_training(tmp_path, capsys, flags, said, monkeypatch):
-  monkeypatch.setattr(train_ensemble.launch, 'train', lambda argv: pytest.fail('it trained'))
+  monkeypatch.setattr(population, 'prepared', lambda arguments: pytest.fail('it trained'))
   monkeypatch.setattr('prompt_tuning_jax.training.run._checked', lambda tasks: tasks)
   assert train_ensemble.main(['--seeds', '0', '1', '--gin_file=run/quick_start.gin',
                               f'--gin.MODEL_DIR={tmp_path}', *flags]) == 1
@@ -204,19 +205,23 @@ def test_what_is_no_ensemble_is_told_before_training(tmp_path, capsys, flags, sa
   assert error.startswith('error: ') and said in error
 
 
-def test_a_signal_ends_the_ensemble_and_not_the_seed_alone(tmp_path, monkeypatch):
-  seeds = []
+def test_a_signal_ends_the_ensemble_and_not_those_that_train_together_alone(tmp_path, monkeypatch):
+  trained = []
 
-  def train(argv):
-    seeds.append(argv[-1])
-    (tmp_path / 'seed_0').mkdir()
-    (tmp_path / 'seed_0' / 'report.json').write_text('{"stopped": true}')
-    return 0
+  def train(group):
+    trained.append(list(group))
+    return {name: {'stopped': True} for name in group}
 
-  monkeypatch.setattr(train_ensemble.launch, 'train', train)
+  monkeypatch.setattr(run, 'check_ensemble', lambda task, period: None)
+  monkeypatch.setattr(population, 'prepared', lambda arguments: {
+      name: given['name'] for name, given in arguments.items()})
+  monkeypatch.setattr(population, 'groups', lambda ready, most: [
+      {name: ready[name]} for name in ready])
+  monkeypatch.setattr(population, 'train', train)
+  monkeypatch.setattr(many_runs, 'configured', lambda argv: {'task': None, 'name': argv[-1]})
   with pytest.raises(SystemExit) as stopped:
-    train_ensemble.members([], tmp_path, [0, 1])
-  assert stopped.value.code == 0 and len(seeds) == 1
+    train_ensemble.members([], tmp_path, [0, 1], 8)
+  assert stopped.value.code == 0 and trained == [['seed_0']]
 
 
 def test_labels_of_ids_and_in_another_order_are_the_same_labels(tiny_base, folder, rows, tmp_path,
