@@ -42,6 +42,9 @@ class PartialFile:
   def __init__(self, target: str | os.PathLike, settings: Mapping[str, Any] | None):
     self._target, self._path = pathlib.Path(target).resolve(), beside(target)
     self._path.parent.mkdir(parents=True, exist_ok=True)
+    for path in (self._path, pathlib.Path(f'{self._path}.json')):
+      if path.exists() and not path.is_file():
+        raise ValueError(f'{path} is no file: delete it, or name another target.')
     # The journal is the first file to appear and the last to go: so it holds the lock.
     self._journal = locked(pathlib.Path(f'{self._path}.json'), 'Another process is writing '
                            f'{self._path}: wait for it, or name another target.')

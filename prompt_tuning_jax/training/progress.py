@@ -43,7 +43,7 @@ class Progress:
     self._last_step, self._last_time = first_step, time.monotonic()
 
   def _drop_after(self, step: int) -> None:
-    if not self._path.exists():
+    if not self._path.is_file():
       return
     kept = []
     for line in self._path.read_text(encoding='utf-8', errors='replace').splitlines():

@@ -283,7 +283,8 @@ def _read_metrics(folder: Folder):
   made = progress.Progress(folder, 10, 5)
   made.report(6, 'train', 't', {'loss': 0.5})
   made.close()
-  return [line for line in (folder / 'metrics.jsonl').read_text('utf-8').splitlines()]
+  path = folder / 'metrics.jsonl'
+  return path.is_file() and path.read_text('utf-8').splitlines()  # not of /dev/zero
 
 
 def _make_gin(folder: Folder):
