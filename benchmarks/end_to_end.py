@@ -36,7 +36,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -58,6 +58,7 @@ from prompt_tuning_jax.training.step import make_train_step
 LENGTHS = {'inputs': 512, 'targets': 8}
 FILES = {'train': 'train.jsonl', 'validation': 'validation.jsonl'}
 FIXED = batches.Buckets((), ())
+SIDES = ('ours', 'peft', 'ours_fixed', 'peft_fixed')
 PACKAGES = ('jax', 'flax', 'numpy', 'torch', 'transformers', 'peft')
 # Reads TFDS in a process of its own: TensorFlow's threads and memory stay out of the comparison.
 READ = """
@@ -245,8 +246,8 @@ def timed(part: Part) -> dict[str, float]:
   return {clock: now() - starts[clock] for clock, now in CLOCKS.items()}
 
 
-def take_turns(sides: dict[str, dict[str, Part]], turns: int) -> dict:
-  """{side: {part: {clock: [seconds, …]}}}; the first turn of each side is `first`."""
+def take_turns(sides: dict[str, dict[str, Part]], turns: int) -> Iterator[dict]:
+  """{side: {part: {clock: [seconds, …]}}} after each turn but the first."""
   taken = {name: {part: {clock: [] for clock in CLOCKS} for part in parts}
            for name, parts in sides.items()}
   for turn in range(turns + 1):
@@ -254,9 +255,11 @@ def take_turns(sides: dict[str, dict[str, Part]], turns: int) -> dict:
       for part, run in parts.items():
         for clock, seconds in timed(run).items():
           taken[name][part][clock].append(seconds)
-      whole = sum(taken[name][part]['seconds'][-1] for part in parts)
-      print(f'turn {turn}, {name}: {whole:.1f} s', file=sys.stderr, flush=True)
-  return taken
+      whole = {clock: round(sum(taken[name][part][clock][-1] for part in parts), 1)
+               for clock in CLOCKS}
+      print(f'turn {turn}, {name}: {whole}', file=sys.stderr, flush=True)
+    if turn:
+      yield taken
 
 
 def summary(taken: dict, rows: dict[str, dict[str, int]]) -> dict:
@@ -304,7 +307,7 @@ def plot(result: dict, output: pathlib.Path) -> None:
   axes = picture.subplots(1, 3)
   for axis, part in zip(axes, ('train', 'evaluate', 'whole'), strict=True):
     bars = axis.bar(list(rates), [rate[part] for rate in rates.values()],
-                    color=['C0', 'C1', 'C0', 'C1'])
+                    color=['C1' if 'peft' in name else 'C0' for name in rates])
     axis.bar_label(bars, fmt='%.1f', fontsize=7)
     axis.set_title(f'{part}: rows a second', fontsize=9)
     axis.tick_params(labelsize=7)
@@ -312,8 +315,8 @@ def plot(result: dict, output: pathlib.Path) -> None:
   picture.savefig(output, dpi=120)
 
 
-def measure(flags: argparse.Namespace, folder: pathlib.Path) -> dict:
-  """All of it."""
+def measure(flags: argparse.Namespace, folder: pathlib.Path) -> Iterator[dict]:
+  """What is known after each turn."""
   (folder / 'few').mkdir()
   read_rows(folder, flags.rows, flags.eval_rows)
   read_rows(folder / 'few', flags.fixed_rows, flags.fixed_rows)
@@ -324,20 +327,22 @@ def measure(flags: argparse.Namespace, folder: pathlib.Path) -> dict:
   ours, theirs = Ours(base, prompt, folder, flags), Peft(base, prompt, folder, flags)
   losses = check_same_work(ours, theirs)
   few = (base, prompt, folder / 'few', flags, True)
-  made = {'ours': ours, 'peft': theirs, 'ours_fixed': Ours(*few), 'peft_fixed': Peft(*few)}
+  make = {'ours': lambda: ours, 'peft': lambda: theirs, 'ours_fixed': lambda: Ours(*few),
+          'peft_fixed': lambda: Peft(*few)}
+  made = {name: make[name]() for name in flags.sides}
   sides = {name: {part: getattr(side, part) for part in ('tokenise', 'train', 'evaluate')}
            for name, side in made.items()}
   sides['ours'] |= {'warm': functools.partial(ours.tokenise, warm=True),
                     'generating': functools.partial(ours.evaluate, rank_labels=False)}
-  taken = take_turns(sides, flags.turns)
   rows = {name: {'train': flags.fixed_rows if 'fixed' in name else flags.rows,
                  'validation': flags.fixed_rows if 'fixed' in name else flags.eval_rows}
           for name in made}
-  medians = lambda part: statistics.median(taken['ours'][part]['seconds'][1:])
-  return {**summary(taken, rows), 'losses_of_the_first_batch': losses, 'rows': rows,
-          'warm_seconds': medians('warm'),
-          'generating_rows_per_second': flags.eval_rows / medians('generating'),
-          'mean_tokens': float(np.mean(ours.caches['train'].input_lengths)), 'all': taken}
+  for taken in take_turns(sides, flags.turns):
+    median = lambda part, of=taken['ours']: statistics.median(of[part]['seconds'][1:])
+    yield {**summary(taken, rows), 'losses_of_the_first_batch': losses, 'rows': rows,
+           'warm_seconds': median('warm'),
+           'generating_rows_per_second': flags.eval_rows / median('generating'),
+           'mean_tokens': float(np.mean(ours.caches['train'].input_lengths)), 'all': taken}
 
 
 def main():
@@ -354,10 +359,15 @@ def main():
   parser.add_argument('--batch_size', type=int, default=16)
   parser.add_argument('--prompt_length', type=int, default=100)
   parser.add_argument('--turns', type=int, default=5)
+  parser.add_argument('--sides', nargs='+', choices=SIDES, default=list(SIDES),
+                      help='ours and others (default: all)')
   parser.add_argument('--threads', type=int, default=2,
                       help='cores of JAX and torch alike; with 1, torch does not wait in circles')
   parser.add_argument('--output', type=pathlib.Path, metavar='FILE.json')
   flags = parser.parse_args()
+  flags.sides = [side for side in SIDES if side in ('ours', *flags.sides)]
+  if flags.turns < 1 or min(flags.rows, flags.fixed_rows) < flags.batch_size:
+    parser.error('a turn needs --rows and --fixed_rows of a batch at least, and --turns of 1')
   # JAX makes a thread for each core that it may use.
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-flags.threads:])
   settings = {name: value for name, value in vars(flags).items()
@@ -366,10 +376,12 @@ def main():
                'device': jax.devices()[0].device_kind, 'load_average': os.getloadavg()[0],
                'versions': {name: importlib.metadata.version(name) for name in PACKAGES}}
   with tempfile.TemporaryDirectory() as folder:
-    result = {'settings': settings, **measure(flags, pathlib.Path(folder))}
+    for result in measure(flags, pathlib.Path(folder)):
+      result = {'settings': settings, **result}
+      if flags.output:
+        flags.output.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
   print(table(result))
   if flags.output:
-    flags.output.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
     plot(result, flags.output.with_suffix('.png'))
 
 
