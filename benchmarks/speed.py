@@ -95,6 +95,8 @@ def of_end_to_end(found: dict) -> Iterator[Line]:
   rates, ratios = found['seconds']['rows_per_second'], found['seconds']['ours_to']
   for side, what in {'peft': 'PEFT with Trainer', 'ours_fixed': 'ours padded to 512',
                      'peft_fixed': 'PEFT padded to 512'}.items():
+    if side not in ratios:
+      continue
     yield Line(f'end_to_end {side}', f'SST-2 end to end, rows/s: {what}', rates['ours']['whole'],
                rates[side]['whole'], ratios[side]['whole'])
 
