@@ -82,11 +82,11 @@ class Partitioner:
     What has no axes is replicated, and so is a dimension that its mesh axis does not divide.
     """
     def sharding(path: str, shape: tuple[int, ...]) -> NamedSharding:
+      axes = logical_axes(path) or (None,) * len(shape)
       # A norm's scale is too small to be worth a gathering of its own.
-      in_parts = self.fully_sharded and len(shape) > 1
+      in_parts = self.fully_sharded and len(set(axes) - {'layers'}) > 1
       spec = partitioning.logical_to_mesh_axes(
-          logical_axes(path) or (None,) * len(shape),
-          self.rules + (KEPT_IN_PARTS if in_parts else ()))
+          axes, self.rules + (KEPT_IN_PARTS if in_parts else ()))
       return NamedSharding(self.mesh, PartitionSpec(*(
           name if name and size % self.mesh.shape[name] == 0 else None
           for name, size in zip(spec, shape, strict=True))))

@@ -39,6 +39,11 @@ def test_weights_are_split_by_their_logical_axes():
       expected = [names.get(axis) if len(axes) > 1 else None for axis in axes]
       assert place(path, (64,) * len(axes)).spec == PartitionSpec(*expected), path
   assert place('prompt/embedding', (5, 64)).spec == PartitionSpec(None, None)
+  scanned = {path.replace('layers_0', 'layers'): axes for path, axes in LAYER.items()
+             if 'layers_0' in path}
+  for path, axes in scanned.items():  # as the layers alone
+    alone = place(path.replace('layers', 'layers_0'), (64,) * len(axes)).spec
+    assert place(path, (3,) + (64,) * len(axes)).spec == PartitionSpec(None, *alone)
 
 
 def test_a_number_of_devices_that_does_not_divide_is_told():

@@ -7,9 +7,11 @@ import contextlib
 from collections.abc import Iterator, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prompt_tuning_jax.types import PyTree
 
@@ -25,6 +27,24 @@ def wait(name: str) -> None:
   """Waits until every process is here. A process that dies meanwhile ends the wait."""
   # Not by a computation of all devices: Gloo's wait for half a minute only.
   ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * PATIENCE)
+
+
+def meet(mesh: Mesh) -> None:
+  """Connects the devices of all processes, before any of them has something slow to do.
+
+  Those of CPUs (Gloo) give up where one comes half a minute later than another to the first
+  exchange along an axis.
+  """
+  if jax.process_count() == 1:
+    return
+  wait('mesh')
+  multihost_utils.sync_global_devices('mesh')
+  place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
+  ones = jax.jit(lambda: jnp.ones(mesh.devices.shape), out_shardings=place(*mesh.axis_names))()
+  for axis, other in enumerate(reversed(mesh.axis_names)):
+    jax.jit(lambda x, axis: jnp.sum(x, axis), static_argnums=1,
+            out_shardings=place(other))(ones, axis).block_until_ready()
+  jax.jit(jnp.sum, out_shardings=place())(ones).block_until_ready()
 
 
 @contextlib.contextmanager

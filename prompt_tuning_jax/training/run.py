@@ -262,6 +262,7 @@ def load_base(path: str | Base | None, network: Any = None, vocabulary: str | No
   """The base that these arguments of `train` say; one that has been read is it already."""
   if isinstance(path, Base):
     return path
+  processes.meet(partitioner.mesh)
   if path is not None:
     return base_checkpoint.load_base(path, config=network, vocabulary_file=vocabulary, dtype=dtype,
                                      sharding_for=partitioner.sharding_for(logical_axes),

@@ -123,7 +123,8 @@ def in_two_processes(argv: list[str], second: tuple[str, ...] = ()) -> list[subp
 def finished(running: list[subprocess.Popen]) -> list[str]:
   """What they said."""
   said = [process.communicate(timeout=600)[1] for process in running]
-  assert [process.returncode for process in running] == [0, 0], said
+  print(*said, sep='\n')  # shown where this fails
+  assert [process.returncode for process in running] == [0, 0]
   return said
 
 
