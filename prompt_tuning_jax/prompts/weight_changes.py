@@ -13,10 +13,10 @@ The network is as it was: it is given other kernels. Whatever else a tree of tra
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from prompt_tuning_jax import param_paths
-from prompt_tuning_jax.networks import int8
 from prompt_tuning_jax.types import Array, PyTree
 
 KINDS = ('lora', 'ia3', 'ia3_in')
@@ -90,7 +90,7 @@ def _padded(leaf: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _changed(kind: str, path: str, kernel: Array, of: Mapping[str, Array]) -> Array:
-  if isinstance(kernel, int8.Quantized):
+  if not jax.tree_util.all_leaves([kernel]):  # values and their scales
     raise ValueError(f'{kind} changes {path}, which has eight bits: take the base in bfloat16 or '
                      'float32.')
   if kind == 'lora':
