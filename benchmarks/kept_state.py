@@ -208,7 +208,7 @@ def main() -> None:
     if 'stall' in flags.parts:
       result['stall'] = stall(folder, flags)
     if 'start' in flags.parts:
-      result['start'] = [row for name in ('mini', flags.network)
+      result['start'] = [row for name in dict.fromkeys(('mini', flags.network))
                          for row in start(folder, name, flags)]
   text = json.dumps(result, indent=1) + '\n'
   print(text, end='')

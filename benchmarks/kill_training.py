@@ -193,7 +193,8 @@ def kill(folder: pathlib.Path, kills: int, steps: int, seed: int) -> dict:
       cache = folder / f'cache_{len(told)}' if kind == 'data' else folder / 'cache'
       newest = states(model_dir)[-1:]
       run = Run(command(folder, model_dir, steps), log, cache)
-      is_killed = len(told) < kills and moment(kind, run, model_dir, cache, seconds, rng)
+      left = seconds * (1 - (newest or [0])[0] / steps / 2)  # half of the time goes into the start
+      is_killed = len(told) < kills and moment(kind, run, model_dir, cache, left, rng)
       if is_killed:
         at = doing(run, model_dir)
         status = run.stop()
@@ -203,6 +204,7 @@ def kill(folder: pathlib.Path, kills: int, steps: int, seed: int) -> dict:
                      'step': run.step, 'saved': (states(model_dir) or [0])[-1]})
       else:
         run.end()
+        seconds = seconds if newest else run.seconds  # other programs may slow it down or not
         ended_here = True
         ended += 1
       resumed = re.search(r'Resuming at step (\d+)', run.log)
@@ -229,19 +231,22 @@ def long_run(folder: pathlib.Path, steps: int) -> dict:
     with contextlib.suppress(FileNotFoundError, ProcessLookupError, TypeError):
       step = run.step
       status = pathlib.Path(f'/proc/{run.pid}/status').read_text()
-      kilobytes, threads = (int(re.search(rf'^{name}:\s+(\d+)', status, re.MULTILINE)[1])
-                            for name in ('VmRSS', 'Threads'))
+      # Not the pages of files, which the system takes back as it likes.
+      held, swapped, threads = (int(re.search(rf'^{name}:\s+(\d+)', status, re.MULTILINE)[1])
+                                for name in ('RssAnon', 'VmSwap', 'Threads'))
       seen.setdefault(step * 20 // steps, []).append(
-          (step, kilobytes / 1024, len(os.listdir(f'/proc/{run.pid}/fd')), threads))
+          (step, (held + swapped) / 1024, len(os.listdir(f'/proc/{run.pid}/fd')), threads))
     time.sleep(0.25)
   run.end()
   rows = [{'step': group[0][0], 'megabytes': round(statistics.median(x[1] for x in group), 1),
            'open_files': max(x[2] for x in group), 'threads': max(x[3] for x in group)}
-          for group in (seen[part] for part in sorted(seen)) if group[0][0]]
+          for group in (seen[part] for part in sorted(seen)) if 0 < group[0][0] < steps]
   tenth = next(row for row in rows if row['step'] >= steps / 10)
+  grown = rows[-1]['megabytes'] - tenth['megabytes']
+  saves = (rows[-1]['step'] - tenth['step']) / SAVE
   return {'steps': steps, 'saves': steps // SAVE, 'evaluations': steps // EVAL,
-          'seconds': round(run.seconds, 1),
-          'megabytes_grown_after_a_tenth': round(rows[-1]['megabytes'] - tenth['megabytes'], 1),
+          'seconds': round(run.seconds, 1), 'megabytes_grown_after_a_tenth': round(grown, 1),
+          'kilobytes_grown_per_save': round(1024 * grown / saves, 1),
           'open_files_grown': rows[-1]['open_files'] - tenth['open_files'],
           'on_the_way': rows}
 

@@ -25,4 +25,5 @@ def test_memory_and_open_files_stay_as_they_are(tmp_path):
   result = kill_training.long_run(tmp_path, steps=3000)
   assert result['saves'] == 150 and len(result['on_the_way']) > 3
   assert result['open_files_grown'] <= 4
-  assert result['megabytes_grown_after_a_tenth'] < 60
+  # tensorstore 0.1.86 keeps some 20 kB of every save (experimental_collect_matching_metrics).
+  assert result['kilobytes_grown_per_save'] < 100
