@@ -71,18 +71,31 @@ def attend(query: Array, key: Array, value: Array, bias: Array | None, mask: Arr
   if implementation != 'xla' and query.shape[2] > 1:
     return fused_attention.attend(implementation, query, *_joined(key, value, bias, mask, context),
                                   drop, deterministic)
-  logits = _logits(query, key, bias, mask)
-  if context is not None:
-    before = _logits(query, context.key, context.bias, context.mask)
-    logits = jnp.concatenate([logits, before], axis=-1)
-  weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
-  if drop is not None:
-    weights = drop(weights, deterministic=deterministic)
+  if drop is not None and not deterministic:
+    value, context = _dropped(value, context, drop)
   if context is None:
-    return jnp.matmul(weights, value)
+    return _attend(query, key, value, bias, mask)
   own = key.shape[-1]
+  logits = jnp.concatenate([_logits(query, key, bias, mask), _logits(
+      query, context.key, context.bias, context.mask)], axis=-1)
+  weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
   return (jnp.matmul(weights[..., :own], value)
           + jnp.matmul(weights[..., own:], context.value))
+
+
+def _kept(drop: nn.Dropout, heads: tuple[int, int], keys: int, dtype: DType) -> Array:
+  """What dropout multiplies weights by, [B, N, 1, S]: as in T5X, the same for all queries."""
+  return drop(jnp.ones((*heads, 1, keys), dtype), deterministic=False)
+
+
+def _dropped(value: Array, context: Context | None,
+             drop: nn.Dropout) -> tuple[Array, Context | None]:
+  """Values, the context's too, after dropout of their weights: there are fewer of them."""
+  own, more = value.shape[2], 0 if context is None else context.value.shape[2]
+  kept = _kept(drop, value.shape[:2], own + more, value.dtype).swapaxes(-1, -2)
+  if context is not None:
+    context = context.replace(value=context.value * kept[:, :, own:])
+  return value * kept[:, :, :own], context
 
 
 def _joined(key: Array, value: Array, bias: Array | None, mask: Array | None,
@@ -94,6 +107,81 @@ def _joined(key: Array, value: Array, bias: Array | None, mask: Array | None,
       [jnp.broadcast_to(own, (*other.shape[:2], *own.shape[2:])), other], axis=-1)
   return (behind(key, context.key), jnp.concatenate([value, context.value], axis=-2),
           behind(bias, context.bias), behind(mask, context.mask))
+
+
+@jax.custom_vjp
+def _attend(query: Array, key: Array, value: Array, bias: Array | None,
+            mask: Array | None) -> Array:
+  """`attend` without a context, with a derivative of its own.
+
+  Arrays [B, N, T, S] are the largest of a network, and to go through one once more takes time. So
+  the sums of values are divided, not the weights, and the inner product that the derivative of a
+  softmax has in it is taken over H, not S (Dao et al. 2022, "FlashAttention", appendix B.4).
+  """
+  return _attend_forward(query, key, value, bias, mask)[0]
+
+
+def _attend_forward(query: Array, key: Array, value: Array, bias: Array | None,
+                    mask: Array | None) -> tuple[Array, tuple[Array | None, ...]]:
+  logits = _logits(query, key, bias, mask)
+  weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+  share = 1 / jnp.sum(weights, axis=-1, keepdims=True)
+  weights = weights.astype(query.dtype)
+  out = share * jnp.matmul(weights, value, preferred_element_type=jnp.float32)
+  out = out.astype(query.dtype)
+  return out, (query, key, value, bias, mask, weights, share, out)
+
+
+def _attend_backward(kept: tuple[Array | None, ...], gradient: Array,
+                     ) -> tuple[Array | None, ...]:
+  query, key, value, bias, mask, weights, share, out = kept
+  gradient = gradient * share  # float32
+  inner = jnp.sum(gradient * out, axis=-1, keepdims=True)
+  gradient = gradient.astype(query.dtype)
+  of_weights = jnp.matmul(gradient, value.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+  of_logits = weights * (of_weights - inner)
+  if mask is not None:  # A query that may see nothing has weights, but they depend on nothing.
+    of_logits = jnp.where(mask, of_logits, 0)
+  of_bias = None
+  if bias is not None:
+    shared = bias.shape[0] == 1
+    of_bias = jnp.sum(of_logits, axis=0, keepdims=True) if shared else of_logits
+    of_bias = of_bias.astype(bias.dtype)
+  of_logits = of_logits.astype(query.dtype)
+  return (jnp.matmul(of_logits, key.swapaxes(-1, -2)),
+          jnp.matmul(query.swapaxes(-1, -2), of_logits),
+          jnp.matmul(weights.swapaxes(-1, -2), gradient), of_bias, None)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def attend_to_inputs(query: Array, inputs: Array, key_kernel: Array, value_kernel: Array,
+                     mask: Array | None, kept: Array | None = None) -> Array:
+  """`attend` to keys inputs @ key_kernel and values inputs @ value_kernel, which are not made.
+
+  (query @ key_kernel^T) @ inputs^T are the same logits, and (weights @ inputs) @ value_kernel is
+  the same sum: a few queries are less to project than many inputs.
+
+  Args:
+    query: [B, N, T, H].
+    inputs: [B, S, D].
+    key_kernel, value_kernel: [D, N, H].
+    mask: [B, 1, T, S] bool, False where attention is not allowed.
+    kept: [B, N, 1, S], what the weights are multiplied by (dropout).
+
+  Returns:
+    [B, N, T, H] of the query's type.
+  """
+  query = jnp.einsum('BNTH,DNH->BNTD', query, key_kernel)
+  logits = jnp.einsum('BNTD,BSD->BNTS', query, inputs, preferred_element_type=jnp.float32)
+  if mask is not None:
+    logits = jnp.where(mask, logits, MASKED)
+  weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+  if kept is not None:
+    weights *= kept
+  mixed = jnp.einsum('BNTS,BSD->BNTD', weights, inputs)
+  return jnp.einsum('BNTD,DNH->BNTH', mixed, value_kernel)
 
 
 class MultiHeadAttention(nn.Module):
@@ -115,17 +203,14 @@ class MultiHeadAttention(nn.Module):
   scale: bool = False
   implementation: str = 'xla'
 
-  def _heads(self, name: str, x: Array, kernel_init=_KERNEL_INIT) -> Array:
-    """[B, T, D] -> [B, T, N, H]."""
-    joined = layers.Dense(self.num_heads * self.head_dim, ('embed', 'joined_kv'), self.dtype,
-                          kernel_init, use_bias=self.use_bias, name=name)(x)
-    heads = joined.reshape(*x.shape[:-1], self.num_heads, self.head_dim)
-    return partitioning.with_sharding_constraint(heads, ('batch', 'length', 'heads', 'kv'))
+  def _projection(self, name: str, kernel_init=_KERNEL_INIT) -> layers.Dense:
+    return layers.Dense(self.num_heads * self.head_dim, ('embed', 'joined_kv'), self.dtype,
+                        kernel_init, use_bias=self.use_bias, name=name)
 
-  def _keys_values(self, x: Array) -> tuple[Array, Array]:
-    key = self._heads('key', x).transpose(0, 2, 3, 1)
-    value = self._heads('value', x).transpose(0, 2, 1, 3)
-    return key, value
+  def _heads(self, projection: layers.Dense, x: Array) -> Array:
+    """[B, T, D] -> [B, T, N, H]."""
+    heads = projection(x).reshape(*x.shape[:-1], self.num_heads, self.head_dim)
+    return partitioning.with_sharding_constraint(heads, ('batch', 'length', 'heads', 'kv'))
 
   def __call__(self, *args, **kwargs) -> Array:
     """The first of what `with_keys_values` returns."""
@@ -142,34 +227,64 @@ class MultiHeadAttention(nn.Module):
     With `cache_length` the self-attention keys and values are written into a cache of that many
     positions from `cache_index` on, and attention runs over the whole cache: `mask` and `bias`
     then have cache_length keys. The first call only makes the (empty) cache. A prefix stands before
-    all of these keys and is in no cache.
+    all of these keys and is in no cache. Cross-attention that has no need of keys and values
+    (`attend_to_inputs`) returns None for both.
     """
     query_init = _KERNEL_INIT if self.scale else _query_init(self.head_dim)
-    query = self._heads('query', inputs_q, query_init).transpose(0, 2, 1, 3)
+    query = self._heads(self._projection('query', query_init), inputs_q).transpose(0, 2, 1, 3)
     if self.scale:
       query *= self.head_dim ** -0.5
-    if cross and self.has_variable('cross_cache', 'cached_key'):
-      key = self.get_variable('cross_cache', 'cached_key')
-      value = self.get_variable('cross_cache', 'cached_value')
-    else:
-      key, value = self._keys_values(inputs_kv)
-      if cross and self.is_mutable_collection('cross_cache') and not self.is_initializing():
-        self.put_variable('cross_cache', 'cached_key', key)
-        self.put_variable('cross_cache', 'cached_value', value)
-    made = key, value
-    if cache_length is not None:
-      key, value = self._update_cache(key, value, cache_index, cache_length)
-    if prefix is not None:
-      key, value, bias, mask = prefix.prepend(key, value, bias, mask)
-    # For whoever asks for the weights (`analysis.attention_mass`); for others it does nothing.
-    self.sow('intermediates', 'attends', (query, key, bias, mask, context))
+    projections = self._projection('key'), self._projection('value')
     drop = layers.dropout(self.dropout_rate)
-    out = attend(query, key, value, bias, mask, drop, deterministic, context,
-                 self.implementation)
+    kernels = self._kernels(projections, inputs_q, inputs_kv) if cross and prefix is None else None
+    if kernels is not None:
+      made = None, None
+      kept = None if deterministic else _kept(drop, query.shape[:2], inputs_kv.shape[1], self.dtype)
+      out = attend_to_inputs(query, inputs_kv, *kernels, mask, kept)
+    else:
+      made = self._keys_values(projections, inputs_kv, cross)
+      key, value = made
+      if cache_length is not None:
+        key, value = self._update_cache(key, value, cache_index, cache_length)
+      if prefix is not None:
+        key, value, bias, mask = prefix.prepend(key, value, bias, mask)
+      # For whoever asks for the weights (`analysis.attention_mass`); for others it does nothing.
+      self.sow('intermediates', 'attends', (query, key, bias, mask, context))
+      out = attend(query, key, value, bias, mask, drop, deterministic, context,
+                   self.implementation)
     out = out.transpose(0, 2, 1, 3).reshape(*inputs_q.shape[:-1], self.num_heads * self.head_dim)
     out = layers.Dense(inputs_q.shape[-1], ('joined_kv', 'embed'), self.dtype, _KERNEL_INIT,
                        use_bias=self.use_bias, name='out')(out)
     return out, made
+
+  def _kernels(self, projections: tuple[layers.Dense, layers.Dense], inputs_q: Array,
+               inputs_kv: Array) -> list[Array] | None:
+    """The kernels [D, N, H] of cross-attention that `attend_to_inputs`; None where it should not.
+
+    It should where that is less work, and where nobody else wants the keys and values.
+    """
+    queries, keys, dim = inputs_q.shape[1], inputs_kv.shape[1], self.head_dim
+    wanted = (self.is_initializing() or self.has_variable('cross_cache', 'cached_key')
+              or any(map(self.is_mutable_collection, ('cross_cache', 'intermediates'))))
+    if wanted or queries * (keys + dim) >= keys * dim:
+      return None
+    kernels = [projection.plain_kernel() for projection in projections]
+    if any(kernel is None for kernel in kernels):
+      return None
+    return [kernel.reshape(-1, self.num_heads, dim) for kernel in kernels]
+
+  def _keys_values(self, projections: tuple[layers.Dense, layers.Dense], x: Array,
+                   cross: bool) -> tuple[Array, Array]:
+    """[B, S, D] -> [B, N, H, S] and [B, N, S, H], from the cross cache if it has them."""
+    if cross and self.has_variable('cross_cache', 'cached_key'):
+      return tuple(self.get_variable('cross_cache', name)
+                   for name in ('cached_key', 'cached_value'))
+    key = self._heads(projections[0], x).transpose(0, 2, 3, 1)
+    value = self._heads(projections[1], x).transpose(0, 2, 1, 3)
+    if cross and self.is_mutable_collection('cross_cache') and not self.is_initializing():
+      self.put_variable('cross_cache', 'cached_key', key)
+      self.put_variable('cross_cache', 'cached_value', value)
+    return key, value
 
   def _update_cache(self, key: Array, value: Array, index: Array | None, length: int):
     filled = self.has_variable('cache', 'cached_key')

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen import partitioning
+from jax.sharding import PartitionSpec
 
 from prompt_tuning_jax.networks import int8
 from prompt_tuning_jax.types import Array, DType, Initializer
@@ -118,6 +119,14 @@ class Dense(nn.Module):
     if (scale := self._change('ia3')) is not None:
       product *= scale[:, None].astype(product.dtype)
     return product
+
+  def plain_kernel(self) -> Array | None:
+    """The kernel [in, features] if a call is a product with it and no more, else None."""
+    kernel = self.get_variable('params', 'kernel')
+    if self.use_bias or self.variables.get('changes') or not isinstance(kernel, jax.Array):
+      return None
+    kernel = partitioning.with_sharding_constraint(kernel, PartitionSpec(*self.axes))
+    return kernel.astype(self.dtype)
 
   def _change(self, name: str) -> Array | None:
     change = self.get_variable('changes', name)

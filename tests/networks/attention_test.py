@@ -5,8 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from prompt_tuning_jax.networks import attention, layers, masks
+from prompt_tuning_jax.networks import attention, masks
 
 B, N, T, S, H, D = 2, 3, 4, 6, 5, 8
 RNG = np.random.default_rng(0)
@@ -51,24 +52,31 @@ def test_logits_and_softmax_are_float32_under_bfloat16():
   query, key, value = (x.astype(jnp.bfloat16) for x in (
       draw(B, N, T, H), draw(B, N, H, S), draw(B, N, S, H)))
   closed = jax.make_jaxpr(lambda *args: attention.attend(*args, None, None))(query, key, value)
-  types = {eqn.primitive.name: eqn.outvars[0].aval.dtype for eqn in closed.jaxpr.eqns}
+  own, = (eqn.params['call_jaxpr'] for eqn in closed.eqns if 'call_jaxpr' in eqn.params)
+  types = {eqn.primitive.name: eqn.outvars[0].aval.dtype for eqn in own.eqns}
   assert types['exp'] == jnp.float32
   assert attention.attend(query, key, value, None, None).dtype == jnp.bfloat16
 
 
-def test_dropout_of_weights_keeps_the_mean():
-  query, key, value = draw(1, N, T, H), draw(1, N, H, S), draw(1, N, S, H)
-  whole = attention.attend(query, key, value, None, None)
+@pytest.mark.parametrize('rows', [1, B])
+@pytest.mark.parametrize('masked', [False, True])
+def test_the_derivative_of_attend_is_that_of_its_definition(rows, masked):
+  """A query that may see nothing included: what it gives depends on values alone."""
+  arguments = draw(B, N, T, H), draw(B, N, H, S), draw(B, N, S, H), draw(rows, N, T, S)
+  direction, mask = draw(B, N, T, H), None
+  if masked:
+    mask = RNG.random((B, 1, T, S)) < 0.6
+    mask[0, 0, 1] = False
 
-  def dropped(seed):
-    return attention.attend(query, key, value, None, None, drop=functools.partial(
-        lambda weights, deterministic, key: layers.dropout(0.25).apply(
-            {}, weights, deterministic=deterministic, rngs={'dropout': key}),
-        key=jax.random.key(seed)), deterministic=False)
+  def plain(query, key, value, bias):
+    logits = query @ key + bias
+    logits = logits if mask is None else jnp.where(mask, logits, attention.MASKED)
+    return jnp.sum(direction * (jax.nn.softmax(logits) @ value))
 
-  many = jax.vmap(dropped)(np.arange(4000))
-  assert np.any(many[0] != whole)
-  np.testing.assert_allclose(np.mean(many, 0), whole, atol=0.1)
+  ours = lambda *args: jnp.sum(direction * attention.attend(*args, mask))
+  for made, expected in zip(jax.grad(ours, (0, 1, 2, 3))(*arguments),
+                            jax.grad(plain, (0, 1, 2, 3))(*arguments), strict=True):
+    np.testing.assert_allclose(made, expected, rtol=1e-4, atol=1e-5)
 
 
 def module_and_params(x, **kwargs):
@@ -129,6 +137,62 @@ def test_cross_cache_holds_what_the_encoded_input_gives():
   # Once there it is used, and what `inputs_kv` holds no longer matters.
   cached = module.apply({'params': params, **made}, x, np.zeros_like(encoded), cross=True)
   np.testing.assert_allclose(cached, whole, atol=1e-6)
+
+
+def cross_attention(dropout_rate=0.0, queries=2):
+  """(parameters, inputs, a function that attends to the 9 inputs with and without their keys)."""
+  x, encoded = draw(B, queries, D), draw(B, 9, D)
+  module = attention.MultiHeadAttention(N, H, dropout_rate)
+  params = module.init(jax.random.key(0), x, encoded)['params']
+  mask = RNG.random((B, 1, queries, 9)) < 0.6
+  mask[..., 0] = True
+
+  def apply(params, encoded, with_keys, **settings):
+    return module.apply({'params': params}, x, encoded, mask=mask, cross=True, **settings,
+                        method='with_keys_values', mutable=['intermediates'] * with_keys)[0]
+
+  return params, encoded, apply
+
+
+def test_attention_that_goes_without_keys_and_values_is_attention():
+  params, encoded, apply = cross_attention()
+  direction = draw(B, 2, D)
+
+  def total(params, encoded, with_keys):
+    out, (key, value) = apply(params, encoded, with_keys)
+    assert (key is None, value is None) == (not with_keys,) * 2
+    return jnp.sum(direction * out)
+
+  for ours, expected in zip(
+      *(jax.tree.leaves(jax.value_and_grad(total, (0, 1))(params, encoded, with_keys))
+        for with_keys in (False, True)), strict=True):
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_keys_are_made_where_there_are_many_queries():
+  params, encoded, apply = cross_attention(queries=4)  # 4 * (9 + 5) > 9 * 5 > 2 * (9 + 5)
+  assert apply(params, encoded, False)[1][0].shape == (B, N, H, 9)
+
+
+def test_a_change_of_a_kernel_for_each_example_has_keys_and_values_made():
+  x, encoded = draw(B, 2, D), draw(B, 9, D)
+  module, params = module_and_params(x)
+  changes = {'value': {'ia3': jnp.array([[1.0], [2.0]]) * jnp.ones(N * H)}}
+  out = functools.partial(module.apply, inputs_q=x, inputs_kv=encoded, cross=True)
+  np.testing.assert_allclose(out({'params': params, 'changes': changes}),
+                             np.array([1, 2])[:, None, None] * out({'params': params}), atol=1e-5)
+
+
+def test_dropout_of_weights_is_the_same_with_and_without_keys_and_keeps_the_mean():
+  params, encoded, apply = cross_attention(dropout_rate=0.25)
+  whole, _ = apply(params, encoded, True)
+  drop = lambda seed, with_keys: apply(
+      params, encoded, with_keys, deterministic=False, rngs={'dropout': jax.random.key(seed)})[0]
+  with_keys, without = (jax.vmap(functools.partial(drop, with_keys=each))(np.arange(4000))
+                        for each in (True, False))
+  assert np.any(without[0] != whole)
+  np.testing.assert_allclose(without, with_keys, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(np.mean(without, 0), whole, atol=0.1)
 
 
 def test_a_context_is_more_keys_under_one_softmax():
