@@ -4,12 +4,14 @@
 
 A frozen weight needs no gradient of its own: of the 6 FLOPs a parameter and token that a training
 step costs, prompt tuning spends 4. The two methods take turns (A B A B …) in one process, and the
-ratio is that of their median times at an equal number of encoder positions (text + prompt).
+ratio is that of their median times at an equal number of encoder positions (text + prompt). Peak
+memory is what the system says of a process that takes one method's steps alone (`peak_memory`).
 Prints one JSON object; --output also writes it.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import statistics
@@ -18,6 +20,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peak_memory
 
 from prompt_tuning_jax import launch, optimizers, param_paths
 from prompt_tuning_jax.training import methods
@@ -39,8 +42,11 @@ def make_batch(rows: int, positions: int, targets: int, prompt: int, vocab_size:
 def prepare(method, optimizer, config, batch):
   """A function that takes one step and waits for it."""
   model = method.model(config)
-  token = jnp.ones((1, 1), jnp.int32)
-  params = model.init(jax.random.key(0), token, token, token, enable_dropout=False)['params']
+  token, rng = jnp.ones((1, 1), jnp.int32), np.random.default_rng(0)
+  params = jax.tree.map(
+      lambda leaf: jnp.asarray(0.05 * rng.standard_normal(leaf.shape, np.float32)),
+      jax.eval_shape(functools.partial(model.init, enable_dropout=False), jax.random.key(0), token,
+                     token, token)['params'])
   trainable, frozen = param_paths.split(params, method.trainable)
   step = make_train_step(model, optimizer, seed=0, z_loss=1e-4)
   held = [train_state.create(trainable, optimizer)]
@@ -60,18 +66,28 @@ def main():
   parser.add_argument('--prompt_length', type=int, default=100)
   parser.add_argument('--target_length', type=int, default=8)
   parser.add_argument('--repeats', type=int, default=10)
+  parser.add_argument('--alone', metavar='METHOD', help='print the peak memory of this one alone')
   parser.add_argument('--output')
   flags = parser.parse_args()
   config = dataclasses.replace(launch.network_named(flags.network), dropout_rate=0.1)
   positions = flags.input_length + flags.prompt_length
   batch = lambda prompt: make_batch(flags.batch_size, positions, flags.target_length, prompt,
                                     config.vocab_size)
-  runs = {
-      'prompt_tuning': prepare(methods.PromptTuning(flags.prompt_length), optimizers.adafactor(),
-                               config, batch(flags.prompt_length)),
-      'model_tuning': prepare(methods.ModelTuning(),
-                              optimizers.adafactor(1e-3, weight_decay_rate=None), config, batch(0)),
+  makers = {
+      'prompt_tuning': lambda: prepare(methods.PromptTuning(flags.prompt_length),
+                                       optimizers.adafactor(), config, batch(flags.prompt_length)),
+      'model_tuning': lambda: prepare(
+          methods.ModelTuning(), optimizers.adafactor(1e-3, weight_decay_rate=None), config,
+          batch(0)),
   }
+  if flags.alone:
+    print(json.dumps(peak_memory.measured(makers[flags.alone])))
+    return
+  settings = {name: value for name, value in vars(flags).items() if name not in ('alone', 'output')}
+  peaks = {name: peak_memory.of_process(
+      __file__, f'--alone={name}', *(f'--{key}={value}' for key, value in settings.items()))
+           for name in makers}
+  runs = {name: make() for name, make in makers.items()}
   for run in runs.values():  # compile, then warm up
     run()
     run()
@@ -82,10 +98,12 @@ def main():
       run()
       seconds[name].append(time.perf_counter() - start)
   medians = {name: statistics.median(times) for name, times in seconds.items()}
-  result = {**vars(flags), 'device': jax.devices()[0].device_kind,
+  result = {**settings, 'device': jax.devices()[0].device_kind,
             'median_seconds': medians, 'all_seconds': seconds,
-            'prompt_tuning_to_model_tuning': medians['prompt_tuning'] / medians['model_tuning']}
-  result.pop('output')
+            'prompt_tuning_to_model_tuning': medians['prompt_tuning'] / medians['model_tuning'],
+            'peak_bytes': peaks,
+            'peak_bytes_ratios': {kind: peaks['prompt_tuning'][kind] / peaks['model_tuning'][kind]
+                                  for kind in peaks['prompt_tuning']}}
   print(json.dumps({name: value for name, value in result.items() if name != 'all_seconds'}))
   if flags.output:
     pathlib.Path(flags.output).write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
