@@ -93,8 +93,9 @@ class TrainingStates:
       restored = None if changed else self._manager.restore(step, args=ocp.args.Composite(
           state=ocp.args.StandardRestore(shapes), records=ocp.args.JsonRestore()))
     except Exception as error:
-      raise ValueError(f'The saved state {where} cannot be resumed: {str(error).splitlines()[0]} '
-                       'If its files are damaged, remove that folder.') from error
+      reason = (str(error).splitlines() or [repr(error)])[0].rstrip('.')
+      raise ValueError(f'The saved state {where} cannot be resumed: {reason}. If its files are '
+                       'damaged, remove that folder.') from error
     if changed:
       raise ValueError(f'The saved state {where} cannot be resumed: {", ".join(changed[:3])}. If '
                        'the method, length or optimizer changed, choose another MODEL_DIR.')
@@ -154,6 +155,8 @@ class TrainingStates:
 
 def _damage(folder: epath.Path) -> str | None:
   """How a state's files differ from what was written, or None; also if there are no checksums."""
+  if missing := [item for item in ITEMS if not (folder / item).exists()]:
+    return f'{missing[0]} is missing'
   try:
     sums = json.loads((folder / SUMS).read_text())
     for name, expected in sums.items():
@@ -163,6 +166,8 @@ def _damage(folder: epath.Path) -> str | None:
         return f'{name} is not what was written'
   except FileNotFoundError:
     return None
+  except OSError as error:
+    return f'{error.filename} cannot be read: {error.strerror}'
   except (ValueError, AttributeError):
     return f'{SUMS} is not what was written'
   return None

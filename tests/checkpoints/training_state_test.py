@@ -86,6 +86,20 @@ def test_a_damaged_file_is_told_and_the_state_before_is_taken(saved, tmp_path, c
     shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize('damage', [
+    lambda folder: shutil.rmtree(folder / 'state'),
+    lambda folder: [shutil.rmtree(folder / 'state'), shutil.rmtree(folder / 'records'),
+                    (folder / 'sums.json').unlink()],
+    lambda folder: [(folder / 'state' / '_METADATA').unlink(),
+                    (folder / 'state' / '_METADATA').mkdir()],
+], ids=['its arrays', 'all of it', 'a file that cannot be read'])
+def test_a_state_of_which_a_part_is_gone_is_passed_over(saved, tmp_path, damage):
+  folder = copied(saved, tmp_path)
+  damage(folder / '8')
+  assert_equal(resumed(folder), 4)
+  assert sorted(path.name for path in folder.iterdir()) == ['4', '8.damaged']
+
+
 def test_after_a_damaged_state_its_step_can_be_saved_again(saved, tmp_path):
   folder = copied(saved, tmp_path)
   shutil.rmtree(folder / '8' / 'state')
