@@ -1,6 +1,7 @@
 """Files of one JSON object a line, read and answered in parts that fit in memory."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -56,14 +57,11 @@ def answer_file(source: str, target: str, answer: Callable[[list[Placed]], list[
     ValueError: for a row that cannot be read, no rows at all, a full disk, a target that is the
       source, or one that another process is writing.
   """
+  deliver, made = None, target
   if cloud_storage.is_remote(target):
-    made = cloud_storage.beside(target)
-    count = answer_file(source, os.fspath(made), answer, settings=settings)
-    cloud_storage.put(made, target)
-    made.unlink()
-    return count
+    deliver, made = functools.partial(cloud_storage.put, path=target), cloud_storage.beside(target)
   path, count = pathlib.Path(cloud_storage.fetch(source)).expanduser(), 0
-  with (open(path, 'rb') as file, _output(path, target, settings) as output,
+  with (open(path, 'rb') as file, _output(path, made, settings) as output,
         _progress(file) as show):
     for part, sha256 in _parts(source, file):
       is_new = not output.has(len(part), sha256)
@@ -75,11 +73,11 @@ def answer_file(source: str, target: str, answer: Callable[[list[Placed]], list[
       show(count, is_new)
     if not count:
       raise ValueError(f'{source} has no rows.')
-    output.finish()
+    output.finish(deliver)
   return count
 
 
-def _output(source: pathlib.Path, target: str, settings: Mapping[str, Any] | None,
+def _output(source: pathlib.Path, target: str | pathlib.Path, settings: Mapping[str, Any] | None,
             ) -> partial_file.PartialFile | partial_file.Stream:
   if os.path.exists(target) and not os.path.isfile(target):
     return partial_file.Stream(target)

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from prompt_tuning_jax.checkpoints.atomic_write import sync
@@ -137,11 +137,18 @@ class PartialFile:
       sync(self._path.parent)
       self._is_cut = True
 
-  def finish(self) -> None:
-    """Makes the partial file the target, in one step."""
+  def finish(self, deliver: Callable[[pathlib.Path], None] | None = None) -> None:
+    """Makes the partial file the target, in one step.
+
+    Or gives it to `deliver`, after which it goes; where that raises, the next run can try again.
+    """
     self._stop_resuming()
     self._cut()
-    os.replace(self._path, self._target)
+    if deliver:
+      deliver(self._path)
+      self._path.unlink()
+    else:
+      os.replace(self._path, self._target)
     self._is_done = True
     sync(self._target.parent)
     os.unlink(self._journal.name)
@@ -168,7 +175,7 @@ class Stream:
     self._file.write(content)
     self._file.flush()
 
-  def finish(self) -> None:
+  def finish(self, deliver: None = None) -> None:
     """Nothing is left to do."""
 
 

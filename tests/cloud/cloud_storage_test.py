@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import cloud_storage, export, infer, optimizers, train_ensemble
+from prompt_tuning_jax import cloud_storage, export, infer, jsonl, optimizers, train_ensemble
 from prompt_tuning_jax.checkpoints import base_checkpoint, prompt_file
 from prompt_tuning_jax.data import token_cache
 from prompt_tuning_jax.data.text_file import TextFile
@@ -79,6 +79,29 @@ def test_base_data_and_prompt_of_a_bucket_answer_as_local_ones(
                           f'{bucket.url}/peft', '--base_model_name=tiny'])
   assert prompt_file.load(f'{bucket.url}/peft').params.keys() == {'prompt/embedding'}
   capsys.readouterr()
+
+
+def test_answers_that_cannot_be_put_into_the_bucket_stay(bucket, tmp_path, monkeypatch):
+  (tmp_path / 'rows.jsonl').write_text('{"text": "a"}\n{"text": "bc"}\n')
+  answered = []
+
+  def answer(part):
+    answered.extend(part)
+    return [{'n': len(row['text'])} for _, row in part]
+
+  def again():
+    return jsonl.answer_file(str(tmp_path / 'rows.jsonl'), f'{bucket.url}/answers.jsonl', answer,
+                             settings={})
+
+  def refuse(*_, **__):
+    raise ValueError('Cannot write')
+
+  with monkeypatch.context() as patch, pytest.raises(ValueError, match='^Cannot write$'):
+    patch.setattr(cloud_storage, 'put', refuse)
+    again()
+  assert again() == len(answered) == 2
+  assert bucket['answers.jsonl'] == b'{"text": "a", "n": 1}\n{"text": "bc", "n": 2}\n'
+  assert not list((tmp_path / 'cache' / 'unfinished').rglob('answers*'))
 
 
 def test_a_copy_follows_its_folder(bucket):
