@@ -63,11 +63,12 @@ def train(commands: Mapping[str, Sequence[str]], at_once: int,
   arguments = {name: configured(argv) for name, argv in commands.items()}
   for given in arguments.values():
     check(given)
-  from prompt_tuning_jax.training import population
-  outcomes = {}
-  for group in population.groups(population.prepared(arguments), at_once):
-    print(f'Together: {", ".join(group)}', file=sys.stderr)
-    outcomes |= population.train(group)
-    if any(isinstance(outcome, dict) and outcome['stopped'] for outcome in outcomes.values()):
-      raise SystemExit(0)
+  from prompt_tuning_jax.training import loop, population
+  outcomes, groups = {}, population.groups(population.prepared(arguments), at_once)
+  with loop.stop_requested() as stop:
+    for group in groups:
+      print(f'Together: {", ".join(group)}', file=sys.stderr)
+      outcomes |= population.train(group, stop)
+      if stop(0):
+        raise SystemExit(0)
   return {name: outcomes[name] for name in commands}

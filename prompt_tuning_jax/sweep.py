@@ -26,20 +26,27 @@ FILE = 'gin_file'
 def combinations(vary: Sequence[Sequence[str]]) -> dict[str, dict[str, str]]:
   """[[NAME, VALUE, VALUE, …], …] -> {name of a combination: {NAME: VALUE}}.
 
-  Raises ValueError for a name without values, or where two combinations have one name.
+  Raises ValueError for a name without values, given twice, or that each run has its own of, and
+  where two combinations have one name.
   """
+  names = [name for name, *_ in vary]
   for name, *values in vary:
     if not values:
       raise ValueError(f'--vary {name} needs values: --vary {name} VALUE VALUE.')
-  short = [name.rpartition('.')[2] for name, *_ in vary]
-  shown = short if len(set(short)) == len(short) else [name for name, *_ in vary]
+    if name == 'MODEL_DIR' or re.fullmatch(r'(.*[./])?train\.seed', name):
+      raise ValueError(f'--vary {name}: each run has its own. --seeds say the seeds, '
+                       f'{MODEL_DIR}FOLDER where all runs are.')
+    if names.count(name) > 1:
+      raise ValueError(f'--vary {name} should be given once, with all of its values.')
+  short = [name.rpartition('.')[2] for name in names]
+  shown = [_plain(name) for name in (short if len(set(short)) == len(short) else names)]
   found = {}
   for values in itertools.product(*(values for _, *values in vary)):
     parts = [_plain(pathlib.Path(value).stem) if name == FILE else f'{own}={_plain(value)}'
-             for (name, *_), own, value in zip(vary, shown, values, strict=True)]
+             for name, own, value in zip(names, shown, values, strict=True)]
     if (combination := ','.join(parts)) in found:
       raise ValueError(f'Two combinations would be {combination}: give different values.')
-    found[combination] = dict(zip((name for name, *_ in vary), values, strict=True))
+    found[combination] = dict(zip(names, values, strict=True))
   return found
 
 

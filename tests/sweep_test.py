@@ -1,12 +1,14 @@
 """A sweep: its combinations, what they are told, and that each is the run that it names."""
 
 import json
+import os
+import signal
 import statistics
 
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import launch, sweep
+from prompt_tuning_jax import launch, many_runs, sweep
 from prompt_tuning_jax.checkpoints import prompt_file
 from prompt_tuning_jax.training import loop, population
 
@@ -22,6 +24,9 @@ def test_combinations_are_the_product_and_bear_their_values():
       'PROMPT_LENGTH': '20', RATE: '0.1', 'gin_file': 'prompt/text.gin'}
   assert list(sweep.combinations([['a.rate', '1'], ['b.rate', "('x', 2)"]])) == [
       'a.rate=1,b.rate=x_2']
+  assert list(sweep.combinations(
+      [['one/a.rate', '1'], ['two/a.rate', '../x', 'é y'], ['b/X', '2']])) == [
+          f'one_a.rate=1,two_a.rate={value},b_X=2' for value in ('.._x', 'é_y')]  # of one folder
 
 
 def test_a_run_of_a_sweep_is_a_command_of_train(tmp_path):
@@ -58,6 +63,9 @@ def test_the_table_has_means_and_tells_what_diverged():
     (['--vary', 'PROMPT_LENGTH', '2', '--at_once', '0'], 'at least 1'),
     (['--vary', 'gin_file', 'prompt/none.gin'], 'No gin file'),
     (['--vary', 'PROMPT_LENGTH', '2', '--gin.run.train.seed=1'], '--seeds alone'),
+    (['--vary', 'run.train.seed', '1', '2'], '--seeds say the seeds'),
+    (['--vary', 'MODEL_DIR', 'a', 'b'], 'each run has its own'),
+    (['--vary', 'PROMPT_LENGTH', '2', '--vary', 'PROMPT_LENGTH', '3'], 'given once'),
     (['--vary', 'PROMPT_LENGTH', '2', '--gin.MODEL_DIR=gs://bucket/a'], 'once')])
 def test_what_is_no_sweep_is_one_line_before_training(tmp_path, capsys, flags, said, monkeypatch):
   monkeypatch.setattr(population, 'prepared', lambda arguments: pytest.fail('it trained'))
@@ -65,6 +73,30 @@ def test_what_is_no_sweep_is_one_line_before_training(tmp_path, capsys, flags, s
   error = capsys.readouterr().err.strip().splitlines()[-1]
   assert error.startswith('error: ') and said in error
   assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_after_the_last_step_of_a_group_is_not_lost(monkeypatch):
+  """The group is done, and the next one is not begun."""
+  began = []
+
+  def train(group, stop):
+    began.extend(group)
+    assert not stop(0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return {name: {'stopped': False} for name in group}
+
+  monkeypatch.setattr(many_runs, 'configured', lambda argv: {})
+  monkeypatch.setattr(population, 'prepared', lambda arguments: arguments)
+  monkeypatch.setattr(population, 'groups', lambda trainings, most: [{'a': 0}, {'b': 0}])
+  monkeypatch.setattr(population, 'train', train)
+  before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  try:
+    with pytest.raises(SystemExit):
+      many_runs.train({'a': [], 'b': []}, 1)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGTERM, before)
+  assert began == ['a']
 
 
 @pytest.mark.slow

@@ -8,8 +8,9 @@ it, can be resumed alone, and may stop, end or diverge while the others go on.
 
 Members differ in seed, data, prompt's length and placement, initialisation, optimizer, and how long
 they train. A shorter prompt's table is padded to the longest by rows that no token embeds as, and a
-narrower batch by padding. Padding changes nothing but the masks of attention's dropout, which are
-drawn for the padded width: a member then has other masks than alone, of the same distribution.
+narrower batch by padding. Padding changes nothing but two dropout masks, which are drawn for the
+padded width, attention's and that of the encoder's output: a member then has other ones than alone,
+of the same distribution.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.data.prefetch import Prefetch
-from prompt_tuning_jax.training import loop, run
+from prompt_tuning_jax.training import run
 from prompt_tuning_jax.training.loop import Diverged, Training
 from prompt_tuning_jax.training.state import TrainState
 from prompt_tuning_jax.training.step import Recipe
@@ -71,17 +72,18 @@ def groups(trainings: Mapping[str, Training], most: int) -> list[dict[str, Train
   return [group for _, group in found]
 
 
-def train(trainings: Mapping[str, Training]) -> dict[str, dict[str, Any] | Diverged]:
+def train(trainings: Mapping[str, Training], stop: Callable[[int], bool] = lambda step: False,
+          ) -> dict[str, dict[str, Any] | Diverged]:
   """Takes the steps of all of them together: the report of each, or how it diverged.
 
-  Raises ValueError where they cannot be trained together; `groups` says which can.
+  `stop` tells before each step whether to stop there (`loop.stop_requested`). Raises ValueError
+  where they cannot be trained together; `groups` says which can.
   """
   if len(groups(trainings, len(trainings))) > 1:
     raise ValueError(f'{", ".join(trainings)} cannot train together: they may differ in seed, '
                      'task, optimizer, and length, placement and initialisation of a prompt, but '
                      'not in base, method, batch size, dropout or loss.')
   with contextlib.ExitStack() as stack:
-    stop = stack.enter_context(loop.stop_requested())
     members = {name: _Member(name, training, stop, stack) for name, training in trainings.items()}
     step_of = {}  # compiled for those that still train
     while live := [member for member in members.values() if member.wanted]:
