@@ -52,8 +52,9 @@ def only_writer(folder: pathlib.Path) -> Iterator[None]:
                   'MODEL_DIR.')
   with lock:
     for left in (*folder.glob('.*.tmp'), *folder.glob('*/.*.tmp')):
-      left.unlink()
+      if left.is_file():  # a token cache in the making is a folder, and may be another process's
+        left.unlink(missing_ok=True)
     try:
       yield
     finally:
-      os.unlink(lock.name)
+      pathlib.Path(lock.name).unlink(missing_ok=True)

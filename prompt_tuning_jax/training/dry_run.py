@@ -17,7 +17,7 @@ from prompt_tuning_jax.checkpoints import base_checkpoint
 from prompt_tuning_jax.checkpoints.base_checkpoint import Base
 from prompt_tuning_jax.checkpoints.hf_config import BYTES, VocabularyFile
 from prompt_tuning_jax.data import mixture
-from prompt_tuning_jax.networks.parameters import parameter_specs
+from prompt_tuning_jax.networks import parameters
 from prompt_tuning_jax.training import report
 from prompt_tuning_jax.training import state as train_state
 from prompt_tuning_jax.types import PyTree
@@ -58,7 +58,7 @@ def sizes(task: Any, method: Any, optimizer: optax.GradientTransformation, netwo
   names = tuple(each.name for each in mixture.as_mixture(task).tasks)
   if 'tasks' in {field.name for field in dataclasses.fields(method)}:
     method = dataclasses.replace(method, tasks=names, labels=(None,) * len(names))
-  trainable, frozen = _shapes(method, config, jnp.dtype(parameter_dtype))
+  trainable, frozen = _shapes(method, config, parameter_dtype)
   state = jax.eval_shape(functools.partial(train_state.create, optimizer=optimizer), trainable)
   told = report.sizes(state, frozen)
   found = {
@@ -75,12 +75,12 @@ def sizes(task: Any, method: Any, optimizer: optax.GradientTransformation, netwo
   return found
 
 
-def _shapes(method: Any, config: Any, dtype: Any) -> tuple[PyTree, PyTree]:
+def _shapes(method: Any, config: Any, dtype: str) -> tuple[PyTree, PyTree]:
   """(what trains, in float32; what is frozen) as shapes."""
-  base = {path: jax.ShapeDtypeStruct(spec.shape, dtype)
-          for path, spec in parameter_specs(config).items()}
+  base = param_paths.flatten(parameters.shapes(config, dtype))
   if not method.trainable:
     return {}, param_paths.unflatten(base)
+  method.virtual_tokens(config.vocab_size)  # tells of a length that cannot be
   token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   init = functools.partial(method.model(config).init, enable_dropout=False)
   made = jax.eval_shape(init, jax.random.key(0), token, token, token)['params']
@@ -90,7 +90,9 @@ def _shapes(method: Any, config: Any, dtype: Any) -> tuple[PyTree, PyTree]:
         lambda params: method.initial(jax.random.key(0), _base(config, params), None),
         param_paths.unflatten(base)))
   trainable, frozen = param_paths.split(param_paths.unflatten({**base, **added}), method.trainable)
-  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), trainable), frozen
+  trainable = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+               for path, leaf in param_paths.flatten(trainable).items()}
+  return param_paths.unflatten(trainable), frozen
 
 
 def _base(config: Any, params: PyTree) -> Base:

@@ -65,15 +65,23 @@ def test_a_checkpoint_that_is_not_here_is_said_to_be_unknown(capsys):
   assert line.startswith('# Sizes are not known: gs://nowhere/checkpoint_1 is not on this machine.')
 
 
-@pytest.mark.parametrize('method', ['prompt_tuning', 'prefix_tuning', 'lora'])
-def test_a_run_has_the_sizes_that_were_told(method, tiny_base, reviews, tmp_path, token_dir,
+def test_a_length_that_cannot_be_is_one_line(capsys):
+  flags = [*COMMON, '--gin_file=network/t5_1_1_small.gin', '--dry_run']
+  assert launch.train([*flags, '--gin.PROMPT_LENGTH=-3']) == 1
+  assert capsys.readouterr().err == 'error: length and offset must be at least 0, got -3, 0.\n'
+
+
+@pytest.mark.parametrize(('method', 'dtype'), [
+    ('prompt_tuning', 'float32'), ('prefix_tuning', 'float32'), ('lora', 'float32'),
+    ('norm_scales', 'int8')])
+def test_a_run_has_the_sizes_that_were_told(method, dtype, tiny_base, reviews, tmp_path, token_dir,
                                             capsys):
   flags = ['--gin_file=run/prompt_tuning_text_file.gin', f'--gin_file=method/{method}.gin',
            f'--gin.TRAIN_FILE={reviews}', '--gin.INPUTS=text', '--gin.TARGETS=label',
            f'--gin.INITIAL_CHECKPOINT_PATH={tiny_base}', f'--gin.MODEL_DIR={tmp_path}/model',
            "--gin.TASK_FEATURE_LENGTHS={'inputs': 24, 'targets': 8}", '--gin.TRAIN_STEPS=1',
-           '--gin.BATCH_SIZE=8', '--gin.EVAL_PERIOD=0']
-  flags += ['--gin.PROMPT_LENGTH=4'] if method != 'lora' else []
+           '--gin.BATCH_SIZE=8', '--gin.EVAL_PERIOD=0', f'--gin.PARAMETER_DTYPE={dtype}']
+  flags += ['--gin.PROMPT_LENGTH=4'] if method.startswith('pr') else []
   found = told(capsys, *flags)
   assert not (tmp_path / 'model').exists()
   assert launch.train(flags) == 0
@@ -81,6 +89,6 @@ def test_a_run_has_the_sizes_that_were_told(method, tiny_base, reviews, tmp_path
   assert found['parameters that train'] == report['trainable_parameters']
   assert (sum(found[f'parameters that {what}'] for what in ('train', 'are frozen'))
           == report['parameters'])
-  told_bytes = [found['bytes of the frozen base (float32)'], found['bytes of the optimizer state']]
+  told_bytes = [found[f'bytes of the frozen base ({dtype})'], found['bytes of the optimizer state']]
   assert told_bytes == [report['bytes'][name] for name in ('frozen', 'optimizer_state')]
   assert abs(found['bytes of the file that is kept'] - report['saved_bytes']) < 200

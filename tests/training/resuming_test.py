@@ -93,6 +93,7 @@ def test_a_second_run_in_a_folder_is_refused_and_a_lock_does_not_outlive_its_pro
   (tmp_path / 'model' / '.lock').write_text('')  # as a killed run leaves it
   (tmp_path / 'model' / 'prompts').mkdir()
   (tmp_path / 'model' / 'prompts' / '.best.safetensors.7.tmp').write_text('')
+  (tmp_path / 'model' / 'tokens' / '.sst2-train.7.tmp').mkdir(parents=True)  # of a token cache
   trained(tmp_path / 'model', tiny_base, reviews)
   assert prompts(tmp_path / 'model') == prompts(undisturbed)
   assert not (tmp_path / 'model' / '.lock').exists()
