@@ -22,7 +22,7 @@ parse() {
       --dry_run) dry_run=yes ;;
       --) training=("$@") && break ;;
       --?*)
-        [[ " $names " == *" $key "* ]] ||
+        [[ $key != *' '* && " $names " == *" $key "* ]] ||
           fail "--$key is not a flag of ${0##*/}; there are --${names// / --}, --dry_run, --help"
         if [[ $flag == "--$key" && ${!key} =~ ^(no|yes)$ ]]; then
           printf -v "$key" yes
@@ -53,7 +53,7 @@ check_training() {
       *$'\n'*) fail 'a flag of the training has a line break: put it into a gin file' ;;
     esac
   done
-  [[ $has_file ]] || fail 'the training has no --gin_file; its flags stand behind --'
+  [[ $has_file ]] || fail 'the training has no --gin_file=FILE; its flags stand behind --'
 }
 
 # The results of a job on a machine that goes have to go elsewhere.

@@ -14,6 +14,7 @@ name='' nodes=1 gpus_per_node='' time='' model_dir='' partition='' account='' py
 . "$(dirname "$0")/arguments.sh"
 parse 'name gpus_per_node time model_dir' 'nodes partition account python' "$@"
 [[ $model_dir == /* ]] || check_bucket
+[[ $python != *,* ]] || fail "--python may have no comma, which ends a value for Slurm, got $python"
 [[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "--nodes should be a number above 0, got $nodes"
 [[ $gpus_per_node =~ ^[1-9][0-9]*$ ]] ||
   fail "--gpus_per_node should be a number above 0, got $gpus_per_node"

@@ -200,15 +200,22 @@ def test_the_job_of_vertex(stand_ins):
 @pytest.mark.parametrize('script', COMMANDS)
 @pytest.mark.parametrize('given, message', [
     (['--nmae=x'], '--nmae is not a flag'), (['--name'], '--name needs a value'),
+    (['--name model_dir=x'], '--name model_dir is not a flag'),
     (['--name=Run 1'], '--name should be'), (['run-1'], 'expected --NAME=VALUE, got run-1'),
     (['--model_dir=/tmp/x y', '--model_dir=gs://b'], 'gs://BUCKET/FOLDER'),
-    (['--', '--gin.X=1'], 'no --gin_file'),
+    (['--', '--gin.X=1'], 'no --gin_file=FILE'), (['--', '--gin_file', 'f'], 'no --gin_file=FILE'),
     (['--', '--gin_file=f', '--gin.MODEL_DIR=x'], '--gin.MODEL_DIR')], ids=lambda value: value[0])
 def test_what_cannot_be_is_one_line(script, given, message, stand_ins):
   training = [] if '--' in given else ['--', *TRAINING]
   done = call(script, *COMMANDS[script], *given, *training)
   assert done.returncode == 2 and message in done.stderr
   assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
+  assert not calls(stand_ins)
+
+
+def test_a_python_that_slurm_would_cut_off_is_refused(stand_ins):
+  done = call('slurm.sh', *COMMANDS['slurm.sh'], '--python=/opt/a,b/python', '--', *TRAINING)
+  assert done.returncode == 2 and '--python may have no comma' in done.stderr
   assert not calls(stand_ins)
 
 
