@@ -298,10 +298,13 @@ def _split(base: Base, added: PyTree, method: Any) -> tuple[PyTree, PyTree]:
 
 
 def _place(state: train_state.TrainState, partitioner: Partitioner) -> train_state.TrainState:
-  """Leaves that are not on the mesh yet (the prompt, counters) are replicated over it."""
+  """Leaves that have no place on the mesh yet (the prompt, counters) are replicated over it.
+
+  A step's results have places; with a state that has none its first call would be compiled alone.
+  """
   devices = set(partitioner.mesh.devices.flat)
-  return jax.tree.map(lambda leaf: leaf if leaf.sharding.device_set == devices else
-                      partitioner.replicate(leaf), state)
+  placed = lambda leaf: leaf.committed and leaf.sharding.device_set == devices
+  return jax.tree.map(lambda leaf: leaf if placed(leaf) else partitioner.replicate(leaf), state)
 
 
 def _restore(states: TrainingStates, state: train_state.TrainState, run: dict[str, Any]):

@@ -1,5 +1,6 @@
 """A whole run on a tiny base: its files, resuming, and every way of using the prompt."""
 
+import functools
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from prompt_tuning_jax import infer, optimizers, param_paths, score
 from prompt_tuning_jax.checkpoints import base_checkpoint, hf_safetensors, prompt_file
 from prompt_tuning_jax.data import batches, mixture, packing, subsets
 from prompt_tuning_jax.data.text_file import TextFile
-from prompt_tuning_jax.training import methods, run
+from prompt_tuning_jax.training import loop, methods, run
 
 pytestmark = pytest.mark.usefixtures('token_dir')
 
@@ -71,6 +72,17 @@ def test_what_a_run_cost_is_reported(finished, tiny_base, caplog):
   assert result['saved_bytes'] == (folder / 'prompts' / 'best.safetensors').stat().st_size
   assert 0 < result['seconds_to_best'] <= result['seconds']
   assert result['peak_bytes'] > result['bytes']['frozen']
+
+
+def test_a_step_is_compiled_once_from_the_start_and_when_resumed(
+    tmp_path, tiny_base, reviews, monkeypatch):
+  made, make = [], loop.make_train_step
+  monkeypatch.setattr(loop, 'make_train_step', lambda *args, **settings: made.append(
+      make(*args, **settings)) or made[-1])
+  one_width = functools.partial(batches.TrainBatches, buckets=batches.Buckets((), ()))
+  for steps in (3, 6):
+    trained(tmp_path / 'model', tiny_base, reviews, steps, batching=one_width)
+  assert [step._cache_size() for step in made] == [1, 1]
 
 
 def test_no_steps_evaluate_the_start(tmp_path, tiny_base, reviews):
