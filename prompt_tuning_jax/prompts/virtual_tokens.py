@@ -30,8 +30,9 @@ class VirtualTokens:
   def __post_init__(self):
     if self.placement not in PLACEMENTS:
       raise ValueError(f'placement must be one of {PLACEMENTS}, got {self.placement!r}.')
-    if self.length < 0 or self.offset < 0:
-      raise ValueError(f'length and offset must be at least 0, got {self.length}, {self.offset}.')
+    for name, number in (('length', self.length), ('offset', self.offset)):
+      if not isinstance(number, int | np.integer) or number < 0:
+        raise ValueError(f"A prompt's {name} must be a whole number of at least 0, got {number!r}.")
 
   @property
   def ids(self) -> np.ndarray:

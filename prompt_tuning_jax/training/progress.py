@@ -45,13 +45,18 @@ class Progress:
   def _drop_after(self, step: int) -> None:
     if not self._path.is_file():
       return
-    kept = []
+    kept, num_later = [], 0
     for line in self._path.read_text(encoding='utf-8', errors='replace').splitlines():
       try:
         if json.loads(line)['step'] <= step:
           kept.append(line + '\n')
+        else:
+          num_later += 1
       except (ValueError, KeyError, TypeError, RecursionError):
         logger.warning('Dropped a broken line of %s.', self._path)
+    if num_later:
+      logger.warning('Dropped the %d lines of %s that tell of steps after %d: no saved state has '
+                     'them, they are taken again.', num_later, self._path, step)
     with atomic_file(self._path) as temporary:
       temporary.write_text(''.join(kept), encoding='utf-8')
 

@@ -48,8 +48,8 @@ def test_a_bank_of_prompts_has_no_id_twice():
 
 @pytest.mark.parametrize('arguments, message', [
     (dict(placement='middle'), r"placement must be one of \('before', .*got 'middle'\.$"),
-    (dict(length=-1), r'must be at least 0, got -1, 0\.$'),
-    (dict(offset=-2), r'must be at least 0, got 5, -2\.$'),
+    (dict(length=-1), r'length must be a whole number of at least 0, got -1\.$'),
+    (dict(offset=-2), r'offset must be a whole number of at least 0, got -2\.$'),
 ])
 def test_errors_are_one_line(arguments, message):
   with pytest.raises(ValueError, match=message) as error:

@@ -65,10 +65,13 @@ def test_a_checkpoint_that_is_not_here_is_said_to_be_unknown(capsys):
   assert line.startswith('# Sizes are not known: gs://nowhere/checkpoint_1 is not on this machine.')
 
 
-def test_a_length_that_cannot_be_is_one_line(capsys):
+@pytest.mark.parametrize('length', ['-3', '2.5', 'many'])
+def test_a_length_that_cannot_be_is_one_line(length, capsys):
   flags = [*COMMON, '--gin_file=network/t5_1_1_small.gin', '--dry_run']
-  assert launch.train([*flags, '--gin.PROMPT_LENGTH=-3']) == 1
-  assert capsys.readouterr().err == 'error: length and offset must be at least 0, got -3, 0.\n'
+  assert launch.train([*flags, f'--gin.PROMPT_LENGTH={length}']) == 1
+  said = capsys.readouterr().err
+  assert said.startswith("error: A prompt's length must be a whole number of at least 0, got ")
+  assert said.count('\n') == 1
 
 
 @pytest.mark.parametrize(('method', 'dtype'), [

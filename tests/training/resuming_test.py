@@ -112,7 +112,7 @@ def test_a_clock_that_goes_backwards_changes_nothing(
   assert [event.step for event in events.Scalars('train/loss')] == [2, 4, 6, 8, 10, 12]
 
 
-def test_what_a_killed_run_told_after_its_last_state_is_told_once(tmp_path):
+def test_what_a_killed_run_told_after_its_last_state_is_told_once(tmp_path, caplog):
   for first, steps in ((0, (2, 4, 6)), (2, (4, 6, 8))):
     progress = Progress(tmp_path, 8, first)
     for step in steps:
@@ -120,6 +120,8 @@ def test_what_a_killed_run_told_after_its_last_state_is_told_once(tmp_path):
     progress.close()
     with open(tmp_path / 'metrics.jsonl', 'ab') as file:  # where a kill may tear a line
       file.write(b'{"step": 9, "spl')
+  told = [text for record in caplog.records if 'steps after 2' in (text := record.getMessage())]
+  assert len(told) == 1 and told[0].startswith('Dropped the 2 lines of ')
   Progress(tmp_path, 8, 8).close()
   lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').open()]
   assert [(line['step'], line['loss']) for line in lines] == [(2, 2), (4, 6), (6, 8), (8, 10)]
