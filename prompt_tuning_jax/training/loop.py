@@ -137,7 +137,8 @@ def train(state: TrainState, stop: Callable[[int], bool],
   began = time.monotonic() - records.seconds
 
   def measure() -> None:
-    _check_divergence(state, save)
+    _check_divergence(state, states, save)
+    states.settle()  # what is being written tells of the records as they are
     evaluation = evaluate(state.trainable)
     records.seconds = time.monotonic() - began
     best = records.add(evaluation, step)
@@ -157,11 +158,11 @@ def train(state: TrainState, stop: Callable[[int], bool],
     pending.append(metrics)
     if not schedule.log_period:
       del pending[:-AHEAD]  # the last step tells of these alone: a long run must not gather more
-    jax.block_until_ready(pending[-AHEAD:][0])
+    jax.block_until_ready(pending[-AHEAD:1 - AHEAD])  # none right after a report
     step += 1
     last = step == schedule.train_steps
     if last or _due(step, schedule.log_period):
-      _check_divergence(state, save)
+      _check_divergence(state, states, save)
       states.check()
       progress.report_training(step, task, _mean(pending), per_batch)
       pending.clear()
@@ -179,11 +180,12 @@ def train(state: TrainState, stop: Callable[[int], bool],
 
 def _save_all(state: TrainState, states: TrainingStates, records: Records, save: Callable,
               began: float) -> None:
-  _check_divergence(state, save)
+  _check_divergence(state, states, save)
   records.seconds = time.monotonic() - began
   records.peak_bytes = max(records.peak_bytes, report.peak_memory()['peak_bytes'])
-  save('last', state.trainable)  # first: a state that is whole has its files beside it
-  states.save(int(state.step), state, dataclasses.asdict(records))
+  # A state that is whole has its files beside it.
+  states.save(int(state.step), state, dataclasses.asdict(records),
+              first=lambda saved: save('last', saved.trainable))
 
 
 def _due(step: int, period: int) -> bool:
@@ -196,10 +198,11 @@ def _mean(metrics: list[dict[str, jax.Array]]) -> dict[str, float]:
   return {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
 
 
-def _check_divergence(state: TrainState, save: Callable) -> None:
+def _check_divergence(state: TrainState, states: TrainingStates, save: Callable) -> None:
   at = int(state.diverged_at)
   if at < 0:
     return
+  states.settle()
   save('last', state.trainable)
   raise Diverged(f'The loss or its gradient was not finite at step {at}; the last good weights '
                  '(before that step) are saved. Lower the learning rate, or look at the data of '

@@ -95,6 +95,18 @@ def test_metrics_are_one_object_a_line_and_a_restart_writes_no_step_twice(tmp_pa
   assert len((tmp_path / 'metrics.jsonl').read_text().splitlines()) == 2
 
 
+def test_the_host_waits_for_the_step_before_the_last_three_and_for_no_later_one(
+    tmp_path, monkeypatch):
+  waited = []
+  wait = lambda metrics: waited.append([int(each['loss']) for each in metrics])
+  monkeypatch.setattr(loop.jax, 'block_until_ready', wait)
+  run(tmp_path, loop.Schedule(12, log_period=6))
+  assert waited == [[], [], [], [0], [1], [2], [], [], [], [6], [7], [8]]
+  waited.clear()
+  run(tmp_path / 'silent', loop.Schedule(6, log_period=0))
+  assert waited == [[], [], [], [0], [1], [2]]
+
+
 def test_a_run_that_tells_nothing_gathers_nothing(tmp_path):
   run(tmp_path, loop.Schedule(20, log_period=0))
   line, = map(json.loads, (tmp_path / 'metrics.jsonl').open())
