@@ -68,11 +68,10 @@ def attend(query: Array, key: Array, value: Array, bias: Array | None, mask: Arr
   Returns:
     [B, N, T, H] of the query's type.
   """
-  if implementation != 'xla' and query.shape[2] > 1:
-    return fused_attention.attend(implementation, query, *_joined(key, value, bias, mask, context),
-                                  drop, deterministic)
   if drop is not None and not deterministic:
     value, context = _dropped(value, context, drop)
+  if implementation != 'xla' and query.shape[2] > 1:
+    return fused_attention.attend(implementation, query, *_joined(key, value, bias, mask, context))
   if context is None:
     return _attend(query, key, value, bias, mask)
   own = key.shape[-1]

@@ -1,12 +1,11 @@
 """Attention in one kernel, which keeps no logits: cuDNN's on NVIDIA GPUs, Pallas's on TPUs.
 
 Both add a bias to the logits, and what is not to be seen has a very low one. They do not drop
-weights; T5X's dropout drops a key for all queries at once, which is the same as dropping its value.
+weights, and need not (`attention.attend` drops values).
 """
 
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -41,17 +40,13 @@ def chosen(attention: str, config: Any, backend: str, devices: int = 1) -> str:
 
 
 def attend(implementation: str, query: Array, key: Array, value: Array, bias: Array | None,
-           mask: Array | None, drop: nn.Dropout | None = None,
-           deterministic: bool = True) -> Array:
+           mask: Array | None) -> Array:
   """`attention.attend`: query [B, N, T, H], key [B, N, H, S], value [B, N, S, H] -> [B, N, T, H].
 
   Bias and mask are cast to the dtype of the query, and so are weights within the kernel.
   """
   batch, heads, queries, _ = query.shape
   keys = key.shape[-1]
-  if drop is not None and not deterministic:
-    kept = drop(jnp.ones((batch, heads, 1, keys), value.dtype), deterministic=False)
-    value *= kept.swapaxes(-1, -2)
   if bias is None:
     bias = jnp.zeros((1, 1, 1, 1), query.dtype)
   if mask is not None:
