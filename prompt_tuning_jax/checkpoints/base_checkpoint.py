@@ -49,7 +49,6 @@ class Base:
     table = param_paths.flatten(self.params)[self.config.embedding]
     return table.dequantized() if isinstance(table, int8.Quantized) else table
 
-
   def apply(self, *args: Any, **kwargs: Any) -> Any:
     """The network's `apply` with these parameters; its layers have their own names, always."""
     config = dataclasses.replace(self.config, scan_layers=False)
