@@ -270,6 +270,9 @@ def load_base(path: str | Base | None, network: Any = None, vocabulary: str | No
   if network is None or vocabulary is None:
     raise ValueError('Without INITIAL_CHECKPOINT_PATH training starts from random weights, which '
                      'needs a network (--gin_file=network/….gin) and a VOCABULARY file.')
+  if dtype == 'int8':
+    raise ValueError("PARAMETER_DTYPE='int8' is of a base that is read, and random weights are "
+                     "none: take 'float32'.")
   network = dataclasses.replace(network, scan_layers=execution.scan_layers)
   return base_checkpoint.random_base(network, vocabulary, seed,
                                      partitioner.sharding_for(logical_axes))

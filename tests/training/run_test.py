@@ -149,9 +149,13 @@ def test_a_run_from_random_weights_needs_network_and_vocabulary(tmp_path, tiny_b
   with pytest.raises(ValueError, match='VOCABULARY'):
     run.train(TextFile(str(reviews)), {'inputs': 24, 'targets': 8}, str(tmp_path), None,
               methods.ModelTuning(), optimizers.adamw(), 2, 8, network=base.config)
-  result = run.train(TextFile(str(reviews)), {'inputs': 24, 'targets': 8}, str(tmp_path), None,
-                     methods.ModelTuning(), optimizers.adamw(), 2, 8, network=base.config,
-                     vocabulary=base.vocabulary.file)
+  random = functools.partial(
+      run.train, TextFile(str(reviews)), {'inputs': 24, 'targets': 8}, str(tmp_path), None,
+      methods.ModelTuning(), optimizers.adamw(), 2, 8, network=base.config,
+      vocabulary=base.vocabulary.file)
+  with pytest.raises(ValueError, match="take 'float32'"):
+    random(parameter_dtype='int8')
+  result = random()
   loaded = base_checkpoint.load_base(result['prompt'])
   assert param_paths.count(loaded.params) == param_paths.count(base.params)
 
