@@ -13,6 +13,7 @@ import logging
 import os
 import pathlib
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -111,6 +112,7 @@ class Mirror:
 
   def __init__(self, path: str | os.PathLike):
     self._copied, self._pushed = {}, -PERIOD
+    self._lock = threading.Lock()  # training states are saved in a thread
     self._path = os.fspath(path).rstrip('/')
     if not is_remote(path):
       self.folder = self.place = pathlib.Path(path).expanduser()
@@ -128,14 +130,15 @@ class Mirror:
     """Copies what has changed. Not `soon`: only if the last time was a minute ago."""
     if self.place == self.folder or not soon and time.monotonic() < self._pushed + PERIOD:
       return
-    state = _state(self.folder)
-    for name in sorted(state, key=_config_last):
-      if state[name] != self._copied.get(name):
-        put(self.folder / name, self.name(self.folder / name))
-    with _told('write', self._path):
-      for name in self._copied.keys() - state.keys():
-        _bucket().rm_file(f'{self._path}/{name}')
-    self._copied, self._pushed = state, time.monotonic()
+    with self._lock:
+      state = _state(self.folder)
+      for name in sorted(state, key=_config_last):
+        if state[name] != self._copied.get(name):
+          put(self.folder / name, self.name(self.folder / name))
+      with _told('write', self._path):
+        for name in self._copied.keys() - state.keys():
+          _bucket().rm_file(f'{self._path}/{name}')
+      self._copied, self._pushed = state, time.monotonic()
 
   def name(self, file: pathlib.Path) -> str:
     """What a file of `folder` is called where users look for it."""
@@ -162,7 +165,14 @@ def _config_last(name: str) -> tuple[bool, str]:
 def _bucket() -> Any:
   """What reads and writes gs://…"""
   import fsspec
+  logging.getLogger('gcsfs').addFilter(_without_traceback)
   return fsspec.filesystem('gs')
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+  """Lets a record pass; the error it tells of is raised as well, and so told (`_told`)."""
+  record.exc_info = None
+  return True
 
 
 def _find(path: str) -> dict[str, Mapping[str, Any]]:

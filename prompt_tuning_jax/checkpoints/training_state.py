@@ -1,14 +1,17 @@
 """What resumes a run: step, trainable leaves, optimizer state and the host's records (orbax)."""
 
+import concurrent.futures
 import hashlib
 import json
 import logging
 import os
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -26,8 +29,9 @@ class TrainingStates:
   """The saved states of one run, in MODEL_DIR/checkpoints. The base is not among them.
 
   A save is written beside the others and renamed when whole, so a killed process leaves the
-  previous state as it was. On a disk it holds the checksums of its files; a state without them (of
-  an earlier version, or in a bucket, which keeps its own) is read all the same.
+  previous state as it was. A run of one process writes in a thread, while the next steps are taken.
+  On a disk a state holds the checksums of its files; one without them (of an earlier version, or in
+  a bucket, which keeps its own) is read all the same.
   """
 
   def __init__(self, folder: pathlib.Path | epath.Path, keep: int = 2):
@@ -43,13 +47,28 @@ class TrainingStates:
           'state': ocp.StandardCheckpointHandler(), 'records': ocp.JsonCheckpointHandler()})
     except OSError as error:
       raise ValueError(f'{folder} cannot be written: {error.strerror}.') from error
+    self._thread = concurrent.futures.ThreadPoolExecutor(1)
+    self._writing: concurrent.futures.Future | None = None
 
-  def save(self, step: int, state: PyTree, records: dict[str, Any]) -> None:
+  def save(self, step: int, state: PyTree, records: dict[str, Any],
+           first: Callable[[PyTree], Any] = lambda state: None) -> None:
     """Starts a save; arrays are copied off the device before this returns.
+
+    `first` is called with the state, and what it writes is there before the state is.
 
     Raises:
       ValueError: this save or the one before could not be written. The last whole one stays.
     """
+    self.settle()
+    if jax.process_count() > 1:  # all of them must come to the same points in the same order
+      self._write(step, state, records, first)
+      return
+    # Copies, as the next step may write where these arrays are.
+    self._writing = self._thread.submit(
+        self._write, step, jax.tree.map(np.array, state), records, first)
+
+  def _write(self, step: int, state: PyTree, records: dict[str, Any], first: Callable) -> None:
+    first(state)
     if self._manager.latest_step() == step:
       return
     try:
@@ -57,6 +76,12 @@ class TrainingStates:
           state=ocp.args.StandardSave(state), records=ocp.args.JsonSave(records)))
     except Exception as error:  # of many kinds: of the disk, of tensorstore
       raise ValueError(self._not_saved(error)) from error
+
+  def settle(self) -> None:
+    """Waits until what the last `save` was given is no longer needed; raises as it does."""
+    if self._writing:
+      writing, self._writing = self._writing, None
+      writing.result()
 
   def restore_latest(self, like: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
     """(state, records) of the newest whole save, of the shapes and shardings of `like`.
@@ -124,6 +149,8 @@ class TrainingStates:
 
   def check(self) -> None:
     """Raises ValueError if a save has failed meanwhile."""
+    if self._writing and self._writing.done():
+      self.settle()
     try:
       self._manager.check_for_errors()
     except Exception as error:
@@ -131,6 +158,7 @@ class TrainingStates:
 
   def wait(self) -> None:
     """Waits until every save is on disk; ValueError if one could not be written."""
+    self.settle()
     try:
       self._manager.wait_until_finished()
     except Exception as error:
@@ -141,6 +169,7 @@ class TrainingStates:
     try:
       self.wait()
     finally:
+      self._thread.shutdown()
       self._manager.close()
 
   def _not_saved(self, error: Exception) -> str:
