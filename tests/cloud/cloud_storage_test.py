@@ -1,6 +1,7 @@
 """Buckets: a run in one resumes bit for bit; what is read from one is what a local folder gives."""
 
 import json
+import logging
 import pathlib
 
 import numpy as np
@@ -185,6 +186,17 @@ def test_an_unreachable_bucket_is_one_line(bucket, tmp_path, tiny_base, reviews)
   with pytest.raises(ValueError, match='Cannot (read|write) gs://another/run') as caught:
     trained('gs://another/run', tiny_base, reviews, 2)
   assert '\n' not in str(caught.value)
+
+
+def test_what_the_client_logs_has_no_traceback(bucket, caplog):
+  with pytest.raises(ValueError):
+    cloud_storage.fetch(f'{bucket.url}/missing')
+  try:
+    raise OSError('away')
+  except OSError:
+    logging.getLogger('gcsfs').exception('out of retries: away')  # as gcsfs.retry does
+  assert caplog.records[-1].getMessage() == 'out of retries: away'
+  assert caplog.records[-1].exc_info is None
 
 
 def reads(bucket, name: str) -> int:
