@@ -29,6 +29,15 @@ TARGETS = {
     'end_to_end peft': (AT_LEAST, 2.0),
     'end_to_end ours_fixed': (AT_LEAST, 4.0),
     'host_pipeline': (AT_LEAST, 1.0),  # the host makes batches as fast as the step uses them up
+    'against_peft prompt_tuning': (AT_LEAST, 1.5),
+    'against_peft prompt_tuning memory': (AT_MOST, 0.8),
+    'method_step_time': (AT_MOST, 0.75),
+    'population': (AT_LEAST, 1.5),  # of small batches
+    'prediction mixed': (AT_MOST, 1.03),
+    'prediction generation': (AT_LEAST, 3.0),
+    'prediction rank': (AT_MOST, 1.3),
+    'prediction ensemble': (AT_LEAST, 1.5),  # of small batches
+    'kept_state': (AT_MOST, 0.01),
 }
 
 
