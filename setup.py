@@ -61,7 +61,7 @@ setup(
         'tpu': ['jax[tpu]'],
         'cuda': ['jax[cuda12]'],
         # What reads and writes gs://… (TensorFlow does it too, but takes seconds to import).
-        'gcs': ['gcsfs'],
+        'gcs': ['fsspec', 'gcsfs'],
         # What generated text is measured with: BLEU and ROUGE.
         'metrics': ['rouge-score', 'sacrebleu'],
         # What GPT-2's vocabulary is read with.

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import sys
 
 import pytest
 
@@ -28,6 +29,14 @@ def _folder(variable: str, content: str) -> pathlib.Path:
   if not path.is_dir():
     pytest.skip(f'{variable}={value} is not a folder: it should be {content}.')
   return path
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled_programs():
+  """Those of a file go after its last test: together they would take gigabytes."""
+  yield
+  if 'jax' in sys.modules:
+    sys.modules['jax'].clear_caches()
 
 
 @pytest.fixture(scope='session')

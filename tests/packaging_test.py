@@ -19,8 +19,8 @@ from prompt_tuning_jax import launch
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SOURCES = ('prompt_tuning_jax', 'tasks', 'gin', 'setup.py', 'pyproject.toml', 'LICENSE',
            'README.md')
-# tensorflow-datasets imports it without declaring it.
-FOR_OTHERS = {'importlib-resources'}
+# tensorflow-datasets imports the first without declaring it, fsspec the second by name.
+FOR_OTHERS = {'importlib-resources', 'gcsfs'}
 
 
 def _imported() -> set[str]:
@@ -37,8 +37,8 @@ def _imported() -> set[str]:
 def _declared() -> set[str]:
   tree = ast.parse((ROOT / 'setup.py').read_text(encoding='utf-8'))
   values = {node.arg: node.value for node in ast.walk(tree) if isinstance(node, ast.keyword)}
-  lists = [ast.literal_eval(values['install_requires']),
-           ast.literal_eval(values['extras_require'])['serve']]
+  extras = ast.literal_eval(values['extras_require'])
+  lists = [ast.literal_eval(values['install_requires']), extras['serve'], extras['gcs']]
   return {_normal(re.match(r'[\w-]+', text)[0]) for texts in lists for text in texts}
 
 

@@ -123,7 +123,8 @@ def _attend(query: Array, key: Array, value: Array, bias: Array | None,
 def _attend_forward(query: Array, key: Array, value: Array, bias: Array | None,
                     mask: Array | None) -> tuple[Array, tuple[Array | None, ...]]:
   logits = _logits(query, key, bias, mask)
-  weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+  largest = jnp.max(logits, axis=-1, keepdims=True, initial=MASKED)  # there may be no keys
+  weights = jnp.exp(logits - largest)
   share = 1 / jnp.sum(weights, axis=-1, keepdims=True)
   weights = weights.astype(query.dtype)
   out = share * jnp.matmul(weights, value, preferred_element_type=jnp.float32)

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import pathlib
 
-import jax
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
@@ -86,7 +85,6 @@ def test_xxl_trains_a_prompt_within_24_gb(monkeypatch):
   which takes more memory than an accelerator as it computes bfloat16 in float32."""
   monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000)
   flags = accelerator.parser().parse_args(['--compile'])
-  with jax.enable_compilation_cache(False):
-    found = accelerator.dry_run('xxl', flags, {'cuda': 'cudnn', 'tpu': 'pallas'})
+  found = accelerator.dry_run('xxl', flags, {'cuda': 'cudnn', 'tpu': 'pallas'})
   assert found['parameters'] > 11e9
   assert found['compiled']['memory']['total'] <= 24e9

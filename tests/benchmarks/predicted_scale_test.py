@@ -23,11 +23,12 @@ def test_a_step_costs_four_flops_a_parameter_and_token_and_attention(layers):
   targets = rows * predicted_scale.TARGETS
   joined = config.num_heads * config.head_dim
   attention, mlp = config.emb_dim * joined, 3 * config.emb_dim * config.mlp_dim
-  weights = layers * (inputs * (4 * attention + mlp) + targets * (4 * attention + mlp)
-                      + 2 * (inputs + targets) * attention)
+  # So few targets attend to the inputs as they are, D wide, without keys and values of them.
+  weights = layers * (inputs + 2 * targets) * 4 * attention + layers * (inputs + targets) * mlp
   weights += targets * config.emb_dim * config.vocab_size
-  pairs = layers * (inputs ** 2 + targets ** 2 + inputs * targets) / rows
+  pairs = joined * (inputs ** 2 + targets ** 2) + (
+      config.num_heads * config.emb_dim * inputs * targets)
   # Two products forward, four backward, 2 FLOPs each.
-  expected = 4 * weights + 12 * joined * pairs
+  expected = 4 * weights + 12 * layers * pairs / rows
   counted = predicted_scale.flops(config, rows)
   assert expected < counted < 1.06 * expected  # the rest is norms, softmaxes, the loss
