@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -208,8 +209,10 @@ def test_what_is_no_ensemble_is_told_before_training(tmp_path, capsys, flags, sa
 def test_a_signal_ends_the_ensemble_and_not_those_that_train_together_alone(tmp_path, monkeypatch):
   trained = []
 
-  def train(group):
+  def train(group, stop):
     trained.append(list(group))
+    signal.raise_signal(signal.SIGTERM)
+    assert stop(0)
     return {name: {'stopped': True} for name in group}
 
   monkeypatch.setattr(run, 'check_ensemble', lambda task, period: None)
