@@ -42,6 +42,7 @@ os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # torch needs s
 import jax
 import jax.numpy as jnp
 import numpy as np
+from turns import take_turns
 
 from prompt_tuning_jax import launch, optimizers, param_paths
 from prompt_tuning_jax.networks import int8, parameters
@@ -249,15 +250,7 @@ def measure(size: str, flags: argparse.Namespace) -> dict[str, Any]:
     runs['peft'] = peft_run(size, flags)
   except ImportError as error:
     why = str(error)
-  for run in runs.values():
-    for _ in range(3):  # compiles, then warms up
-      run()
-  seconds = {name: [] for name in runs}
-  for _ in range(flags.repeats):
-    for name, run in runs.items():
-      start = time.perf_counter()
-      run()
-      seconds[name].append(time.perf_counter() - start)
+  seconds = take_turns(runs, flags.repeats, before=3)['seconds']
   medians = {name: statistics.median(times) for name, times in seconds.items()}
   stats = jax.devices()[0].memory_stats() or {}
   return {**known, 'device': kind, 'medians': medians, 'seconds': seconds, 'without_peft': why,

@@ -35,7 +35,8 @@ import jax
 import numpy as np
 import peak_memory
 from method_step_time import make_batch, prepare
-from prediction import compared, record
+from prediction import record
+from turns import compared
 
 from prompt_tuning_jax import launch, optimizers
 from prompt_tuning_jax.training import methods, prefix_tuning

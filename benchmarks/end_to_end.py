@@ -40,7 +40,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from prediction import CLOCKS
+from turns import CLOCKS
 
 from prompt_tuning_jax import launch, optimizers, param_paths
 from prompt_tuning_jax.checkpoints import base_checkpoint

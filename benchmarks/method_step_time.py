@@ -15,12 +15,12 @@ import functools
 import json
 import pathlib
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import peak_memory
+from turns import take_turns
 
 from prompt_tuning_jax import launch, optimizers, param_paths
 from prompt_tuning_jax.training import methods
@@ -88,15 +88,7 @@ def main():
       __file__, f'--alone={name}', *(f'--{key}={value}' for key, value in settings.items()))
            for name in makers}
   runs = {name: make() for name, make in makers.items()}
-  for run in runs.values():  # compile, then warm up
-    run()
-    run()
-  seconds = {name: [] for name in runs}
-  for _ in range(flags.repeats):
-    for name, run in runs.items():
-      start = time.perf_counter()
-      run()
-      seconds[name].append(time.perf_counter() - start)
+  seconds = take_turns(runs, flags.repeats)['seconds']
   medians = {name: statistics.median(times) for name, times in seconds.items()}
   result = {**settings, 'device': jax.devices()[0].device_kind,
             'median_seconds': medians, 'all_seconds': seconds,

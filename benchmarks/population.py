@@ -15,11 +15,11 @@ import json
 import os
 import pathlib
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 from method_step_time import make_batch
+from turns import take_turns
 
 from prompt_tuning_jax import launch, optimizers, param_paths
 from prompt_tuning_jax.training import methods, population
@@ -57,18 +57,9 @@ def prepare(config, members: int, batch, prompt_length: int):
 
 def measure(runs, repeats: int) -> dict:
   """Median seconds, passed and of the processor, of each run, and their ratios."""
-  for run in runs.values():  # compile, then warm up
-    run()
-    run()
-  passed, processor = ({name: [] for name in runs} for _ in range(2))
-  for _ in range(repeats):
-    for name, run in runs.items():
-      began, used = time.perf_counter(), time.process_time()
-      run()
-      passed[name].append(time.perf_counter() - began)
-      processor[name].append(time.process_time() - used)
-  result = {}
-  for kind, seconds in (('passed', passed), ('processor', processor)):
+  taken, result = take_turns(runs, repeats), {}
+  for kind, clock in (('passed', 'seconds'), ('processor', 'processor_seconds')):
+    seconds = taken[clock]
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     result[kind] = {'median_seconds': medians, 'all_seconds': seconds,
                     'ratio': medians['in_turn'] / medians['at_once']}

@@ -23,14 +23,13 @@ import json
 import os
 import pathlib
 import platform
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from turns import compared
 
 from prompt_tuning_jax import launch, prompted_model
 from prompt_tuning_jax.checkpoints import base_checkpoint, peft_adapter
@@ -46,39 +45,6 @@ TARGET_LENGTH = 8
 NEVER = -1  # an end-of-sequence id that no token has, so that every text is as long as it may be
 PACKAGES = ('jax', 'flax', 'numpy', 'torch', 'transformers', 'peft')
 
-Run = Callable[[], None]
-
-
-CLOCKS = {'seconds': time.perf_counter, 'processor_seconds': time.process_time}
-
-
-def take_turns(runs: dict[str, Run], repeats: int) -> dict[str, dict[str, list[float]]]:
-  """{clock: {run: the seconds of every turn}}."""
-  for run in runs.values():  # compile, then warm up
-    run()
-    run()
-  taken = {clock: {name: [] for name in runs} for clock in CLOCKS}
-  for _ in range(repeats):
-    for name, run in runs.items():
-      starts = {clock: now() for clock, now in CLOCKS.items()}
-      run()
-      for clock, now in CLOCKS.items():
-        taken[clock][name].append(now() - starts[clock])
-  return taken
-
-
-def compared(runs: dict[str, Run], ratios: dict[str, tuple[str, str]], repeats: int) -> dict:
-  """{clock: the runs' medians, and {ratio: (over, under)}: of medians, and quartiles of turns'}."""
-  result = {}
-  for clock, taken in take_turns(runs, repeats).items():
-    medians = {name: statistics.median(times) for name, times in taken.items()}
-    quartiles = lambda over, under, taken=taken: statistics.quantiles(
-        [a / b for a, b in zip(taken[over], taken[under], strict=True)], method='inclusive')
-    result[clock] = {'medians': medians,
-                     'ratios': {name: {'of_medians': medians[over] / medians[under],
-                                       'quartiles': quartiles(over, under)}
-                                for name, (over, under) in ratios.items()}}
-  return result
 
 
 class Bench:
