@@ -32,24 +32,6 @@ class Mass:
     return np.asarray(self.received) / float(self.queries), float(self.even / self.queries)
 
 
-def weights(query: Array, key: Array, bias: Array | None, mask: Array | None,
-            context: attention.Context | None = None) -> Array:
-  """The weights that `networks.attention.attend` takes its sums with, written plainly.
-
-  The arguments are those that it has. Returns [B, N, T, S] float32, the keys of a context behind
-  the others; the weights of each query sum to 1.
-  """
-  parts = [(key, bias, mask)]
-  if context is not None:
-    parts.append((context.key, context.bias, context.mask))
-  logits = []
-  for of_part, its_bias, its_mask in parts:
-    part = jnp.matmul(query.astype(jnp.float32), of_part.astype(jnp.float32))
-    part = part if its_bias is None else part + its_bias.astype(jnp.float32)
-    logits.append(part if its_mask is None else jnp.where(its_mask, part, attention.MASKED))
-  return jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1)
-
-
 def of_batch(model: PromptedModel, length: int, params: PyTree, batch: Batch) -> dict[str, Mass]:
   """What the prompt among a batch's inputs, and the prefix before them, receive.
 
@@ -114,6 +96,6 @@ def _mass(layers: list[tuple], queries: Array, keys: Array, length: int) -> Mass
   count = queries.astype(jnp.float32)
   summed = lambda of: jnp.einsum('bnts,bt,bsp->np', of, count, is_row)
   query, key, _, mask, context = layers[0]
-  even = weights(0 * query, key, None, mask, context and context.replace(bias=None))
-  return Mass(jnp.stack([summed(weights(*layer)) for layer in layers]),
+  even = attention.weights(0 * query, key, None, mask, context and context.replace(bias=None))
+  return Mass(jnp.stack([summed(attention.weights(*layer)) for layer in layers]),
               jnp.sum(summed(even)) / query.shape[1], jnp.sum(count))

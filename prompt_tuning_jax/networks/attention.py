@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax.linen import partitioning
 
-from prompt_tuning_jax.networks import fused_attention, layers
+from prompt_tuning_jax.networks import fused_attention, layers, masks
 from prompt_tuning_jax.networks.prefix import LayerPrefix
 from prompt_tuning_jax.types import Array, DType
 
-MASKED = -1e10
 _KERNEL_INIT = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 
 
@@ -47,7 +46,7 @@ def _logits(query: Array, key: Array, bias: Array | None, mask: Array | None) ->
   logits = jnp.matmul(query, key, preferred_element_type=jnp.float32)
   if bias is not None:
     logits += bias.astype(jnp.float32)
-  return logits if mask is None else jnp.where(mask, logits, MASKED)
+  return logits if mask is None else jnp.where(mask, logits, masks.MASKED)
 
 
 def attend(query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None,
@@ -75,11 +74,22 @@ def attend(query: Array, key: Array, value: Array, bias: Array | None, mask: Arr
   if context is None:
     return _attend(query, key, value, bias, mask)
   own = key.shape[-1]
-  logits = jnp.concatenate([_logits(query, key, bias, mask), _logits(
-      query, context.key, context.bias, context.mask)], axis=-1)
-  weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
-  return (jnp.matmul(weights[..., :own], value)
-          + jnp.matmul(weights[..., own:], context.value))
+  made = weights(query, key, bias, mask, context).astype(query.dtype)
+  return (jnp.matmul(made[..., :own], value)
+          + jnp.matmul(made[..., own:], context.value))
+
+
+def weights(query: Array, key: Array, bias: Array | None, mask: Array | None,
+            context: Context | None = None) -> Array:
+  """The weights of `attend`, whose arguments these are: softmax(query @ key + bias).
+
+  Returns [B, N, T, S] float32, the keys of a context behind the others; those of a query sum to 1.
+  """
+  logits = _logits(query, key, bias, mask)
+  if context is not None:
+    before = _logits(query, context.key, context.bias, context.mask)
+    logits = jnp.concatenate([logits, before], axis=-1)
+  return jax.nn.softmax(logits, axis=-1)
 
 
 def _kept(drop: nn.Dropout, heads: tuple[int, int], keys: int, dtype: DType) -> Array:
@@ -123,7 +133,7 @@ def _attend(query: Array, key: Array, value: Array, bias: Array | None,
 def _attend_forward(query: Array, key: Array, value: Array, bias: Array | None,
                     mask: Array | None) -> tuple[Array, tuple[Array | None, ...]]:
   logits = _logits(query, key, bias, mask)
-  largest = jnp.max(logits, axis=-1, keepdims=True, initial=MASKED)  # there may be no keys
+  largest = jnp.max(logits, axis=-1, keepdims=True, initial=masks.MASKED)  # there may be no keys
   weights = jnp.exp(logits - largest)
   share = 1 / jnp.sum(weights, axis=-1, keepdims=True)
   weights = weights.astype(query.dtype)
@@ -176,7 +186,7 @@ def attend_to_inputs(query: Array, inputs: Array, key_kernel: Array, value_kerne
   query = jnp.einsum('BNTH,DNH->BNTD', query, key_kernel)
   logits = jnp.einsum('BNTD,BSD->BNTS', query, inputs, preferred_element_type=jnp.float32)
   if mask is not None:
-    logits = jnp.where(mask, logits, MASKED)
+    logits = jnp.where(mask, logits, masks.MASKED)
   weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
   if kept is not None:
     weights *= kept

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from prompt_tuning_jax.networks import masks
 from prompt_tuning_jax.types import Array
 
 IMPLEMENTATIONS = ('xla', 'cudnn', 'pallas')
-MASKED = -1e10
 _MULTIPLE = {'cudnn': 2, 'pallas': 128}  # of positions; more are added, which nobody sees
 
 
@@ -50,12 +50,12 @@ def attend(implementation: str, query: Array, key: Array, value: Array, bias: Ar
   if bias is None:
     bias = jnp.zeros((1, 1, 1, 1), query.dtype)
   if mask is not None:
-    bias = jnp.where(mask, bias, MASKED)
+    bias = jnp.where(mask, bias, masks.MASKED)
   bias = jnp.broadcast_to(bias.astype(query.dtype), (batch, heads, queries, keys))
   more_queries, more_keys = (-size % _MULTIPLE[implementation] for size in (queries, keys))
   longer = lambda x, more: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0)))
   bias = jnp.pad(longer(bias, more_queries), ((0, 0),) * 3 + ((0, more_keys),),
-                 constant_values=MASKED)
+                 constant_values=masks.MASKED)
   kernel = _pallas if implementation == 'pallas' else _cudnn
   out = kernel(longer(query, more_queries), longer(key.swapaxes(-1, -2), more_keys),
                longer(value, more_keys), bias)

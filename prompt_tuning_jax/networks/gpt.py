@@ -187,7 +187,7 @@ class Decoder(nn.Module):
       outputs = self.logits_dense(x)
     else:
       outputs = self.token_embedder.attend(x * cfg.emb_dim ** -0.5 if cfg.scale_logits else x)
-    return outputs if cfg.has_padding_row else outputs.at[..., 0].set(attention.MASKED)
+    return outputs if cfg.has_padding_row else outputs.at[..., 0].set(masks.MASKED)
 
 
 def _last_inputs(encoder_input_tokens: Array, seen: Array) -> tuple[Array, Array]:

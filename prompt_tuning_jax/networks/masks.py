@@ -5,6 +5,8 @@ import jax.numpy as jnp
 
 from prompt_tuning_jax.types import Array
 
+MASKED = -1e10  # a logit of what is not allowed
+
 
 def pairwise(query_valid: Array, key_valid: Array) -> Array:
   """Pairs of live positions: [B, T] bool, [B, S] bool -> [B, 1, T, S] bool."""

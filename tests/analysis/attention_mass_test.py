@@ -116,7 +116,7 @@ def test_weights_are_those_that_attention_takes_its_sums_with(with_context):
     behind = 7
     context = Context(normal(2, 3, 5, 7), jnp.eye(13)[None, None, 6:] * jnp.ones((2, 3, 1, 1)),
                       normal(1, 3, 4, 7), visible(2, 1, 4, 7))
-  found = attention_mass.weights(query, key, bias, mask, context)
+  found = attention.weights(query, key, bias, mask, context)
   assert found.shape == (2, 3, 4, 6 + behind)
   np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-6)
   # Values that are unit vectors make attention's output the weights themselves.

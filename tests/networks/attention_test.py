@@ -70,7 +70,7 @@ def test_the_derivative_of_attend_is_that_of_its_definition(rows, masked):
 
   def plain(query, key, value, bias):
     logits = query @ key + bias
-    logits = logits if mask is None else jnp.where(mask, logits, attention.MASKED)
+    logits = logits if mask is None else jnp.where(mask, logits, masks.MASKED)
     return jnp.sum(direction * (jax.nn.softmax(logits) @ value))
 
   ours = lambda *args: jnp.sum(direction * attention.attend(*args, mask))
