@@ -12,10 +12,12 @@ from prompt_tuning_jax import launch
 from prompt_tuning_jax.networks import gpt, parameters, t5
 from prompt_tuning_jax.prompts import initializers
 from prompt_tuning_jax.training import methods, run
+from prompt_tuning_jax.training.discrete_prompt import DiscretePrompt
 from prompt_tuning_jax.training.lightweight import Adapters
 from prompt_tuning_jax.training.multitask import MultitaskPrompts
 from prompt_tuning_jax.training.prefix_tuning import PrefixTuning
 from prompt_tuning_jax.training.prompt_design import PromptDesign
+from prompt_tuning_jax.training.word_search import Mutations, WordSearch
 
 GIN = pathlib.Path(__file__).resolve().parent.parent / 'gin'
 FILES = sorted(path.relative_to(GIN).as_posix() for path in GIN.rglob('*.gin'))
@@ -224,7 +226,9 @@ def test_prompt_tuning_has_the_papers_settings(values):
     ('embedding_only', methods.PromptTuning(100), 'adamw'),
     ('prefix_tuning', PrefixTuning(100), 'adamw'),
     ('adapters', Adapters(64), 'adamw'), ('prompt_design', PromptDesign(), 'adafactor'),
-    ('multitask_prompts', MultitaskPrompts(100), 'adafactor')])
+    ('multitask_prompts', MultitaskPrompts(100), 'adafactor'),
+    ('autoprompt', DiscretePrompt(100), 'adafactor'),
+    ('evolutionary_search', DiscretePrompt(100, search=WordSearch(Mutations(), 8)), 'adafactor')])
 def test_every_method_replaces_that_of_a_run(name, method, optimizer, values):
   arguments, text = _read_given(['run/prompt_tuning.gin', f'method/{name}.gin'], values)
   assert arguments['method'] == method

@@ -59,6 +59,7 @@ def sizes(task: Any, method: Any, optimizer: optax.GradientTransformation, netwo
   if 'tasks' in {field.name for field in dataclasses.fields(method)}:
     method = dataclasses.replace(method, tasks=names, labels=(None,) * len(names))
   trainable, frozen = _shapes(method, config, parameter_dtype)
+  optimizer = getattr(method, 'search', optimizer)
   state = jax.eval_shape(functools.partial(train_state.create, optimizer=optimizer), trainable)
   told = report.sizes(state, frozen)
   found = {

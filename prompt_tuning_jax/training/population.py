@@ -117,7 +117,8 @@ def make_population_step(recipes: Sequence[Recipe], states: Sequence[TrainState]
         trainable, frozen, batch, keys)
     own = lambda k: (lambda leaf, like: leaf[(k, *map(slice, like.shape))])
     return [recipe.updated(state, jax.tree.map(own(k), gradients, state.trainable),
-                           {name: values[k] for name, values in metrics.items()})
+                           {name: values[k] for name, values in metrics.items()},
+                           frozen, {name: values[k] for name, values in batch.items()})
             for k, (recipe, state) in enumerate(zip(recipes, states, strict=True))]
 
   shardings = [(jax.tree.map(lambda leaf: leaf.sharding, state), partitioner.replicated)
@@ -190,8 +191,9 @@ def _kind(training: Training) -> tuple:
             for path, leaf in leaves.items()}
   model = recipe.model if not leaves.keys() & set(ROWS) else recipe.model.clone(prompt=None)
   batch = {name: (len(array), array.dtype) for name, array in training.batch_at(0).items()}
-  return (model, shapes, batch, recipe.z_loss, recipe.label_smoothing, recipe.num_microbatches,
-          recipe.partitioner, [id(leaf) for leaf in jax.tree.leaves(training.frozen)])
+  return (model, shapes, batch, recipe.guided, recipe.z_loss, recipe.label_smoothing,
+          recipe.num_microbatches, recipe.partitioner,
+          [id(leaf) for leaf in jax.tree.leaves(training.frozen)])
 
 
 def _stacked(*leaves: Array, of: Any = jnp) -> Array:

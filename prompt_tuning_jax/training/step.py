@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prompt_tuning_jax import prompted_model
+from prompt_tuning_jax import param_paths, prompted_model
 from prompt_tuning_jax.partitioning import Partitioner
 from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts import weight_changes
 from prompt_tuning_jax.training.state import TrainState
+from prompt_tuning_jax.training.word_search import WordSearch
 from prompt_tuning_jax.types import Array, Batch, PyTree
 
 
@@ -25,7 +26,8 @@ class Recipe:
   With `num_microbatches` the batch is gone through in so many parts, one after another, so that
   activations of one part are in memory at a time; the gradient is the whole batch's.
 
-  `partitioner` says how the step is split over devices.
+  `partitioner` says how the step is split over devices. With a `search` a step is one of search
+  over prompts of words, and `optimizer` is not used.
   """
 
   model: PromptedModel
@@ -35,6 +37,12 @@ class Recipe:
   label_smoothing: float = 0.0
   num_microbatches: int = 1
   partitioner: Partitioner = Partitioner()
+  search: WordSearch | None = None
+
+  @property
+  def guided(self) -> bool:
+    """Whether a step takes gradients; where it does not, they are zeros that cost nothing."""
+    return self.search is None or self.search.guided
 
   def dropout_key(self, step: Array) -> Array:
     """The key of a step."""
@@ -45,6 +53,7 @@ class Recipe:
     """(gradients of the trainable leaves, metrics of `prompted_model.loss`)."""
 
     def loss(trainable, batch, dropout_key):
+      trainable = trainable if self.guided else jax.lax.stop_gradient(trainable)
       params = weight_changes.combined(trainable, frozen)
       return prompted_model.loss(self.model, params, batch, dropout_key, self.z_loss,
                                  self.label_smoothing)
@@ -56,12 +65,15 @@ class Recipe:
     return _accumulated(gradient, batch, dropout_key, self.num_microbatches)
 
   def updated(self, state: TrainState, gradients: PyTree, metrics: dict[str, Array],
-              ) -> tuple[TrainState, dict[str, Array]]:
+              frozen: PyTree, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
     """The state after a step with these gradients, as it was where they are not finite; metrics.
     """
     norm = optax.global_norm(gradients)
-    updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.trainable)
-    trainable = optax.apply_updates(state.trainable, updates)
+    if self.search:
+      trainable, opt_state = self._searched(state, gradients, frozen, batch)
+    else:
+      updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.trainable)
+      trainable = optax.apply_updates(state.trainable, updates)
 
     finite = (jnp.isfinite(metrics['loss']) & jnp.isfinite(norm)
               & jnp.isfinite(optax.global_norm(trainable)))
@@ -74,10 +86,21 @@ class Recipe:
         diverged_at=jnp.where(finite | (state.diverged_at >= 0), state.diverged_at, state.step))
     return updated, {**metrics, 'grad_norm': norm}
 
+  def _searched(self, state: TrainState, gradients: PyTree, frozen: PyTree,
+                batch: Batch) -> tuple[PyTree, PyTree]:
+    """What a step of search makes of (the trainable leaves, the search's state)."""
+    def loss(trainable):  # The batch's, without dropout: prompts are compared.
+      params = weight_changes.combined(trainable, frozen)
+      return prompted_model.loss(self.model, params, batch)[1]['loss']
+
+    table = param_paths.flatten(frozen)[self.model.network.config.embedding]
+    key = jax.random.fold_in(self.dropout_key(state.step), 1)
+    return self.search.step(key, state.trainable, state.opt_state, gradients, table, loss)
+
 
 def make_train_step(model: PromptedModel, optimizer: optax.GradientTransformation, seed: int,
                     z_loss: float = 0.0, label_smoothing: float = 0.0, num_microbatches: int = 1,
-                    partitioner: Partitioner = Partitioner(),
+                    partitioner: Partitioner = Partitioner(), search: WordSearch | None = None,
                     shardings: TrainState | None = None) -> Callable:
   """A compiled (state, frozen, batch) -> (state, metrics); `state` is donated.
 
@@ -88,11 +111,13 @@ def make_train_step(model: PromptedModel, optimizer: optax.GradientTransformatio
   Metrics are [] float32: loss (nats per target token), accuracy (teacher-forced), tokens,
   grad_norm.
   """
-  recipe = Recipe(model, optimizer, seed, z_loss, label_smoothing, num_microbatches, partitioner)
+  recipe = Recipe(model, optimizer, seed, z_loss, label_smoothing, num_microbatches, partitioner,
+                  search)
 
   def train_step(state: TrainState, frozen: PyTree, batch: Batch):
-    return recipe.updated(state, *recipe.gradients(state.trainable, frozen, batch,
-                                                   recipe.dropout_key(state.step)))
+    gradients, metrics = recipe.gradients(state.trainable, frozen, batch,
+                                          recipe.dropout_key(state.step))
+    return recipe.updated(state, gradients, metrics, frozen, batch)
 
   outputs = shardings and (shardings, partitioner.replicated)
   return partitioner.jit(train_step, donate_argnums=0, out_shardings=outputs)
