@@ -10,8 +10,10 @@ import pytest
 from prompt_tuning_jax import launch
 from prompt_tuning_jax.data import seqio_builder, token_cache
 
-README = (pathlib.Path(__file__).resolve().parent.parent / 'README.md').read_text('utf-8')
-SHELL = '\n'.join(re.findall(r'```bash\n(.*?)```', README, re.DOTALL))
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGES = {path: path.read_text('utf-8') for path in (ROOT / 'README.md', *sorted(
+    ROOT / folder / 'README.md' for folder in ('benchmarks', 'gin', 'tasks')))}
+SHELL = '\n'.join(re.findall(r'```bash\n(.*?)```', '\n'.join(PAGES.values()), re.DOTALL))
 COMMANDS = [shlex.split(line, comments=True)
             for line in SHELL.replace('\\\n', ' ').splitlines()
             if line.startswith('python -m prompt_tuning_jax.train ')]
@@ -35,7 +37,15 @@ def test_rates_are_named_on_the_command_line(rate, tmp_path, capsys):
 
 
 def test_there_are_commands():
-  assert len(COMMANDS) >= 8
+  assert len(COMMANDS) >= 12
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.parent.name)
+def test_links_lead_to_files(page):
+  links = re.findall(r'\]\(([^)#]+)\)', PAGES[page])
+  assert links
+  for link in links:
+    assert link.startswith('https://') or (page.parent / link).exists(), link
 
 
 def test_the_example_of_a_benchmark_is_a_task(tmp_path, monkeypatch):
@@ -58,7 +68,7 @@ def test_the_example_of_a_benchmark_is_a_task(tmp_path, monkeypatch):
       raise AssertionError
 
   RottenTomatoes(data_dir=tmp_path / 'tfds').download_and_prepare()
-  code = re.search(r'```python\n(.*?)```', README, re.DOTALL)[1]
+  code = re.search(r'```python\n(.*?)```', PAGES[ROOT / 'tasks' / 'README.md'], re.DOTALL)[1]
   assert len(code.splitlines()) < 80
   (tmp_path / 'rotten_tomatoes.py').write_text(code)
   monkeypatch.syspath_prepend(str(tmp_path))

@@ -21,7 +21,7 @@ def told(capsys, *flags) -> dict[str, int]:
           for name, number in (line[4:].rsplit(maxsplit=1) for line in lines)}
 
 
-# README's table of methods.
+# The table of methods in gin/README.md.
 @pytest.mark.parametrize('method, count', [
     ('prompt_tuning', 102_400), ('deep_prompt', 2_457_600), ('lora', 2_359_296), ('ia3', 282_624),
     ('norm_scales', 124_928), ('input_output', 65_798_144), ('model_tuning', 783_150_080),
