@@ -127,7 +127,7 @@ def test_a_copy_with_its_vocabulary_is_the_same_base(folder, tmp_path, theirs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('method', [
-    PrefixTuning(3, width=7), methods.DeepPrompt(3, 'end'), methods.ModelTuning()],
+    PrefixTuning(3, width=7), methods.ModelTuning()],
                          ids=lambda method: type(method).__name__)
 def test_table_to_text_from_training_to_generated_text(folder, tmp_path, tfds_data_dir, method):
   """Two steps, evaluated by what is generated, as `eval` does with the file that was saved."""

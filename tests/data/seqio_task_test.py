@@ -181,7 +181,6 @@ def test_a_label_outside_the_list_is_told(label):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('name', 'data', 'lengths'), [
-    ('sst2', 'glue/sst2/2.0.0', {'inputs': 40, 'targets': 8}),
     # Training has a row for each answer: more than the data set.
     ('record', 'super_glue/record/1.0.2', {'inputs': 400, 'targets': 20}),
     # A tenth of the training rows, so some blocks are empty.
