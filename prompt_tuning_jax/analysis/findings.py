@@ -171,11 +171,20 @@ def components(prompts: Mapping[str, Array], table: Array | None) -> dict[str, A
 
 
 def likeness(prompts: Sequence[TrainedPrompt]) -> dict[str, Any]:
-  """How alike prompts of one base are (SPoT, Vu et al. 2022); the first is the one looked into."""
+  """How alike prompts of one base are (SPoT, Vu et al. 2022); the first is the one looked into.
+
+  Besides all pairs, the mean cosine (of means) of those of one task, from other seeds or starts,
+  and of different tasks; None where there is no such pair.
+  """
   arrays = [prompt.embedding for prompt in prompts]
-  return {'names': [prompt.name for prompt in prompts],
-          'cosine_of_means': similarity.cosine_of_means(arrays).tolist(),
-          'mean_of_cosines': similarity.mean_of_cosines(arrays).tolist()}
+  cosines = similarity.cosine_of_means(arrays)
+  pairs = [(prompts[i].task == prompts[j].task, cosines[i][j])
+           for i in range(len(prompts)) for j in range(i) if prompts[i].task and prompts[j].task]
+  mean = lambda same: float(np.mean(kept)) if (
+      kept := [cosine for alike, cosine in pairs if alike == same]) else None
+  return {'names': [prompt.name for prompt in prompts], 'cosine_of_means': cosines.tolist(),
+          'mean_of_cosines': similarity.mean_of_cosines(arrays).tolist(),
+          'of_one_task': mean(True), 'of_different_tasks': mean(False)}
 
 
 def attention(masses: Mapping[str, Mass], examples: int) -> dict[str, Any]:

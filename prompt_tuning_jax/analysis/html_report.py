@@ -143,9 +143,13 @@ def _likeness(found: Mapping[str, Any]) -> str:
   tables = [_table(title, head, [(f'{i + 1} {name}', *map(_Heat, row)) for i, (name, row) in
                                  enumerate(zip(names, found[key], strict=True))])
             for key, title in titles.items()]
+  means = {'of one task (other seeds, other starts)': found['of_one_task'],
+           'of different tasks': found['of_different_tasks']}
+  facts = [f'Prompts {which}: {mean:.3f} on average (cosine of means).'
+           for which, mean in means.items() if mean is not None]
   return '\n'.join([
       '<p class="quiet">The more alike two prompts are, the better one tends to be a start for the '
-      "other's task (SPoT, Vu et al. 2022). The first is this one.</p>", *tables])
+      "other's task (SPoT, Vu et al. 2022). The first is this one.</p>", _notes(facts), *tables])
 
 
 def _attention(found: Mapping[str, Any]) -> str:

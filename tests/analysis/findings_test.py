@@ -7,6 +7,7 @@ import pytest
 from sklearn.neighbors import NearestNeighbors
 
 from prompt_tuning_jax.analysis import findings, leaf_norms
+from prompt_tuning_jax.analysis.trained_prompts import TrainedPrompt
 from prompt_tuning_jax.checkpoints import prompt_file
 from prompt_tuning_jax.checkpoints.prompt_file import PromptFile
 
@@ -120,3 +121,14 @@ def test_what_does_not_apply_is_said_in_a_line(tmp_path):
   assert len(found['norms']['prompt']) == 3 and 'likeness' not in found
   np.testing.assert_allclose(found['leaves']['deep'], np.linalg.norm(deep, axis=-1).mean(axis=1))
   assert [note.split(':')[0] for note in found['notes']] == ['Words', 'Other prompts']
+
+
+def test_prompts_of_one_task_and_of_different_ones_are_averaged_apart():
+  rng = np.random.default_rng(0)
+  prompts = [TrainedPrompt(name, None, rng.normal(size=(3, 4)), {'task': task} if task else {})
+             for name, task in (('a1', 'a'), ('a2', 'a'), ('b', 'b'), ('?', None))]
+  found = findings.likeness(prompts)
+  cosine = found['cosine_of_means']
+  assert found['of_one_task'] == pytest.approx(cosine[0][1])
+  assert found['of_different_tasks'] == pytest.approx((cosine[0][2] + cosine[1][2]) / 2)
+  assert findings.likeness(prompts[2:])['of_one_task'] is None
