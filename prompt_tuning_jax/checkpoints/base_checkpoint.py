@@ -91,7 +91,7 @@ def load_base(name_or_folder: str | os.PathLike, *, config: Any = None,
   shapes = {path: spec.shape for path, spec in parameter_specs(config).items()}
   params = stored_leaf.load(stored, shapes, folder, dtype, sharding_for, name_of, scan_layers)
   _check_size(folder, config, vocabulary)
-  config = dataclasses.replace(config, scan_layers=scan_layers)
+  config = dataclasses.replace(_with_ids(config, vocabulary), scan_layers=scan_layers)
   return Base(_short_name(folder), config, params, vocabulary, fingerprint(
       param_paths.unflatten(stored)))
 
@@ -109,6 +109,7 @@ def random_base(config: Any, vocabulary_file: str, seed: int = 0,
   """
   vocabulary = _vocabulary('', vocabulary_file)
   _check_size('to be', config, vocabulary)
+  config = _with_ids(config, vocabulary)
   token = jnp.ones((1, 1), jnp.int32)
   shardings = sharding_for and param_paths.unflatten(
       {path: sharding_for(path, leaf.shape) for path, leaf
@@ -202,6 +203,15 @@ def _check_size(folder: str, config: Any, vocabulary: VocabularyFile | None):
     raise ValueError(f'The vocabulary {vocabulary.file} has {size} ids, {vocabulary.extra_ids} '
                      f'extra ids among them, but the base {folder} has {config.vocab_size} '
                      'embedding rows: give the vocabulary it was trained with.')
+
+
+def _with_ids(config: Any, vocabulary: VocabularyFile | None) -> Any:
+  """The network with those ids of the vocabulary that it reads: BERT's mask and end."""
+  if not (vocabulary and hasattr(config, 'mask_id')):
+    return config
+  if vocabulary.mask_id is None:
+    raise ValueError(f'The vocabulary {vocabulary.file} has no mask, which BERT fills in.')
+  return dataclasses.replace(config, mask_id=vocabulary.mask_id, end_id=vocabulary.end_id)
 
 
 def _short_name(folder: str) -> str:

@@ -24,8 +24,8 @@ SENTENCEPIECE = 'spiece.model'
 class VocabularyFile:
   """A vocabulary's file and its number of extra ids.
 
-  `file` is a SentencePiece model, 'bytes' (ByT5's vocabulary), or GPT-2's tokenizer.json (or
-  vocab.json, merges.txt beside it), which has no extra ids.
+  `file` is a SentencePiece model, 'bytes' (ByT5's vocabulary), or a tokenizer's
+  (`tokenizer_file`), which has no extra ids.
   """
 
   file: str
@@ -60,6 +60,11 @@ class VocabularyFile:
     return self._tokenizer.end_id if self._tokenizer else END_ID
 
   @property
+  def mask_id(self) -> int | None:
+    """The id that stands for text to be filled in, of a tokenizer that has a mask."""
+    return self._tokenizer and self._tokenizer.mask_id
+
+  @property
   def has_sentinels(self) -> bool:
     """Whether the model's own pieces hold <extra_id_0>, as mT5's do: then it needs no extra ids.
     """
@@ -74,9 +79,7 @@ class VocabularyFile:
                 'unk_token': '<unk>'}
     files = {} if self.file == BYTES else {SENTENCEPIECE: self.content}
     if self._tokenizer:
-      end, files = self._tokenizer.end, self._tokenizer.contents
-      settings = {'tokenizer_class': 'GPT2Tokenizer', 'add_prefix_space': True, 'bos_token': end,
-                  'eos_token': end, 'unk_token': end}
+      files, settings = self._tokenizer.contents, self._tokenizer.settings
     for name, content in files.items():
       (folder / name).write_bytes(content)
     write_json(folder / tokenizer_file.SETTINGS, settings)

@@ -3,12 +3,12 @@
 import pathlib
 from typing import Any
 
-from prompt_tuning_jax.checkpoints import hf_config, hf_gpt2, hf_t5
+from prompt_tuning_jax.checkpoints import hf_bart, hf_bert, hf_config, hf_gpt2, hf_t5
 from prompt_tuning_jax.checkpoints.hf_config import VocabularyFile, read_json
 from prompt_tuning_jax.checkpoints.hf_family import Family
 
 # A network is written as the first that has its configuration's class.
-FAMILIES = (hf_t5.T5, hf_t5.MT5, hf_gpt2.GPT2)
+FAMILIES = (hf_t5.T5, hf_t5.MT5, hf_gpt2.GPT2, hf_bart.BART, hf_bert.BERT)
 DEFAULT = hf_t5.T5  # of a config.json without model_type, and of a folder without config.json
 
 

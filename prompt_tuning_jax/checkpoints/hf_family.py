@@ -5,12 +5,15 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from prompt_tuning_jax.checkpoints.stored_leaf import StoredLeaf
+from prompt_tuning_jax.checkpoints.stored_leaf import StoredLeaf, to_host
 from prompt_tuning_jax.types import Array, Shape
 
 MOST_LAYERS = 256  # more are a mistake, which would take minutes to find out
+# What BERT and BART call the activations; their GELU is exact.
+ACTIVATIONS = {'gelu': 'gelu_exact', 'gelu_new': 'gelu', 'relu': 'relu', 'silu': 'silu'}
 Json = dict[str, Any]
 Leaves = Mapping[str, Array]
 
@@ -54,6 +57,48 @@ class Family:
   name_of: Callable[[str], str]
   canonical: Callable[[dict[str, StoredLeaf], Json, Any, bool], tuple[Any, dict[str, StoredLeaf]]]
   tensors: Callable[[Leaves], dict[str, Tensor]]
+
+
+def tensor(path: str, leaf: Array,
+           view: Callable[[np.ndarray], np.ndarray] = lambda array: array) -> Tensor:
+  """What is written for a parameter: `view` of it, in its dtype."""
+  shape = view(np.broadcast_to(np.float32(0), leaf.shape)).shape
+  return Tensor(jnp.dtype(leaf.dtype).name, shape, lambda: view(to_host(path, leaf)))
+
+
+def activation(path: pathlib.Path, config: Json, key: str) -> tuple[str]:
+  """This package's name of the activation that config.json names; GELU where it names none."""
+  name = config.get(key, 'gelu')
+  if not isinstance(name, str) or name not in ACTIVATIONS:
+    raise ValueError(f'{path}: {key} is {name!r}, expected one of {sorted(ACTIVATIONS)}.')
+  return (ACTIVATIONS[name],)
+
+
+def is_post_norm(config: Any) -> bool:
+  """Whether BERT or BART could be of this shape."""
+  return (config.emb_dim == config.num_heads * config.head_dim
+          and len(config.mlp_activations) == 1
+          and config.mlp_activations[0] in ACTIVATIONS.values())
+
+
+def activation_name(config: Any) -> str:
+  """What config.json calls the activation; ValueError for a network that `is_post_norm` is not."""
+  if not is_post_norm(config):
+    raise ValueError(
+        'Hugging Face has no such network: expected emb_dim = num_heads * head_dim and one of the '
+        f'activations {sorted(ACTIVATIONS.values())}, got {config.emb_dim}, {config.num_heads} * '
+        f'{config.head_dim} and {config.mlp_activations}.')
+  return next(theirs for theirs, ours in ACTIVATIONS.items() if (ours,) == config.mlp_activations)
+
+
+def width_and_heads(path: pathlib.Path, config: Json, width: tuple[str, int],
+                    heads: tuple[str, int]) -> dict[str, int]:
+  """emb_dim, num_heads and head_dim, from config.json's names and defaults of the first two."""
+  emb_dim, num_heads = positive(path, config, *width), positive(path, config, *heads)
+  if emb_dim % num_heads:
+    raise ValueError(f'{path}: {width[0]} is {emb_dim}, which {heads[0]}, {num_heads}, does not '
+                     'divide.')
+  return {'emb_dim': emb_dim, 'num_heads': num_heads, 'head_dim': emb_dim // num_heads}
 
 
 def positive(path: pathlib.Path, config: Json, key: str, default: int,

@@ -67,13 +67,11 @@ def read_config(path: pathlib.Path, config: Json) -> GPTConfig:
   """The network that config.json describes."""
   hf_family.expect(path, config, **_ONLY)
   positive = functools.partial(hf_family.positive, path, config)
-  width, heads = positive('n_embd', 768), positive('n_head', 12)
-  if width % heads:
-    raise ValueError(f'{path}: n_embd is {width}, which n_head, {heads}, does not divide.')
+  widths = hf_family.width_and_heads(path, config, ('n_embd', 768), ('n_head', 12))
   return GPTConfig(
-      vocab_size=positive('vocab_size', 50257) + SHIFT, emb_dim=width, num_heads=heads,
-      num_layers=positive('n_layer', 12, most=hf_family.MOST_LAYERS), head_dim=width // heads,
-      mlp_dim=positive('n_inner', 4 * width), mlp_activations=('gelu',),
+      vocab_size=positive('vocab_size', 50257) + SHIFT, **widths,
+      num_layers=positive('n_layer', 12, most=hf_family.MOST_LAYERS),
+      mlp_dim=positive('n_inner', 4 * widths['emb_dim']), mlp_activations=('gelu',),
       dropout_rate=hf_family.rate(path, config, 'resid_pdrop'), logits_via_embedding=True,
       max_positions=positive('n_positions', 1024), use_bias=True, scale_queries=True,
       scale_logits=False, has_padding_row=False)

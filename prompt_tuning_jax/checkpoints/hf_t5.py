@@ -14,7 +14,7 @@ import numpy as np
 
 from prompt_tuning_jax.checkpoints import hf_family
 from prompt_tuning_jax.checkpoints.hf_family import Family, Json, Leaves, Tensor
-from prompt_tuning_jax.checkpoints.stored_leaf import StoredLeaf, is_copy, to_host, transposed
+from prompt_tuning_jax.checkpoints.stored_leaf import StoredLeaf, is_copy, transposed
 from prompt_tuning_jax.networks.parameters import parameter_specs
 from prompt_tuning_jax.networks.t5 import T5Config
 
@@ -153,16 +153,8 @@ def canonical(tensors: dict[str, StoredLeaf], described: Json, config: T5Config,
 
 def tensors(leaves: Leaves) -> dict[str, Tensor]:
   """{name: tensor}; leaves keep their dtype."""
-  return {name_of(path): _tensor(path, leaf) for path, leaf in leaves.items()}
-
-
-def _tensor(path: str, leaf) -> Tensor:
-  def get() -> np.ndarray:
-    array = to_host(path, leaf)
-    return array.T if _is_transposed(path) else array
-
-  shape = tuple(leaf.shape)
-  return Tensor(jnp.dtype(leaf.dtype).name, shape[::-1] if _is_transposed(path) else shape, get)
+  return {name_of(path): hf_family.tensor(path, leaf, np.transpose) if _is_transposed(path)
+          else hf_family.tensor(path, leaf) for path, leaf in leaves.items()}
 
 
 _SENTENCEPIECE = ('spiece.model', 'sentencepiece.model', 'tokenizer.model')

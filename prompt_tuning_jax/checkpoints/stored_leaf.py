@@ -51,6 +51,16 @@ def part_of_last_axis(leaf: StoredLeaf, k: int, parts: int) -> StoredLeaf:
   return dataclasses.replace(leaf, shape=(*leaf.shape[:-1], size), read=read)
 
 
+def behind_zeros(leaf: StoredLeaf) -> StoredLeaf:
+  """A tensor with a row of zeros before its own."""
+  def read(index: tuple[slice, ...]) -> np.ndarray:
+    start, stop, _ = index[0].indices(leaf.shape[0] + 1)
+    own = leaf.read((slice(max(start - 1, 0), max(stop - 1, 0)), *index[1:]))
+    return np.pad(own, ((int(start == 0 < stop), 0), *((0, 0),) * (own.ndim - 1)))
+
+  return dataclasses.replace(leaf, shape=(leaf.shape[0] + 1, *leaf.shape[1:]), read=read)
+
+
 def stacked(leaves: Sequence[StoredLeaf]) -> StoredLeaf:
   """The same leaf of several layers as one, the layer's axis first."""
   first = leaves[0]

@@ -1,9 +1,10 @@
-"""GPT-2's vocabulary: byte-level BPE (Radford et al. 2019, section 2.2), by the tokenizers library.
+"""GPT-2's and BART's byte-level BPE (Radford et al. 2019, section 2.2), by the tokenizers library.
 
-' word' and 'word' are different tokens there. A text is encoded with one space before it, unless
-it begins with one (`add_prefix_space`), and decoded without it: so inputs, targets and choices are
-words in the middle of a text, as nearly all words were that GPT-2 has read. Ids are the
-tokenizer's + 1, since 0 is padding in this package.
+' word' and 'word' are different tokens there. GPT-2's texts are encoded with one space before
+them, unless they begin with one (`add_prefix_space`), and decoded without it: so inputs, targets
+and choices are words in the middle of a text, as nearly all words were that GPT-2 has read.
+BART's texts are whole, and get no space. Ids are the tokenizer's + 1, since 0 is padding in this
+package.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ class ByteLevelBPE:
 
   @property
   def eos_id(self) -> int:
-    return _file(self.file).end_id
+    return file_of(self.file).end_id
 
   @property
   def unk_id(self) -> int:
@@ -37,30 +38,41 @@ class ByteLevelBPE:
     return self.eos_id
 
   @property
+  def mask_id(self) -> int | None:
+    return file_of(self.file).mask_id
+
+  @property
+  def begins(self) -> dict[str, tuple[int, ...]]:
+    return file_of(self.file).begins
+
+  @property
   def size(self) -> int:
-    return _file(self.file).size
+    return file_of(self.file).size
 
   @property
   def sha256(self) -> str:
-    return _file(self.file).sha256
+    return file_of(self.file).sha256
 
   def encode(self, text: str) -> list[int]:
     return self.encode_many([text])[0]
 
   def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-    encodings = _load(self.file).encode_batch_fast(list(texts), add_special_tokens=False)
+    encodings = loaded(self.file).encode_batch_fast(list(texts), add_special_tokens=False)
     return [[i + SHIFT for i in encoding.ids] for encoding in encodings]
 
   def decode(self, ids: Sequence[int]) -> str:
     """ids: without the end of text. Padding and ids beyond the vocabulary are left out."""
     known = [i - SHIFT for i in ids if SHIFT <= i < self.size]
-    return _load(self.file).decode(known, skip_special_tokens=True).removeprefix(' ')
+    text = loaded(self.file).decode(known, skip_special_tokens=True)
+    return text.removeprefix(' ') if self.leading_spaces else text
 
   def piece(self, token: int) -> str:
     """The token as the file writes it, 'Ġ' being a space: 'Ġthe'."""
-    return '<pad>' if token == PAD else _load(self.file).id_to_token(token - SHIFT) or ''
+    return '<pad>' if token == PAD else loaded(self.file).id_to_token(token - SHIFT) or ''
 
-  leading_spaces = 1
+  @property
+  def leading_spaces(self) -> int:
+    return int(_has_space(self.file))
 
   def appended(self, token: int) -> bytes:
     """The bytes that an id appends to a decoded text."""
@@ -86,30 +98,37 @@ def _byte_of_characters() -> dict[str, int]:
 
 @functools.lru_cache(maxsize=8)
 def _added(file: str) -> dict:
-  return _load(file).get_added_tokens_decoder()
+  return loaded(file).get_added_tokens_decoder()
 
 
 @functools.lru_cache(maxsize=8)
-def _file(file: str) -> TokenizerFile:
+def file_of(file: str) -> TokenizerFile:
   return TokenizerFile(file)
 
 
+def _has_space(file: str) -> bool:
+  """Whether a text gets a space before it: of BART's, where the file says so."""
+  splitter = file_of(file).json.get('pre_tokenizer') or {}
+  return not file_of(file).begins or bool(splitter.get('add_prefix_space'))
+
+
 @functools.lru_cache(maxsize=8)
-def _load(file: str):
-  """The library's tokenizer, with a space before every text."""
+def loaded(file: str):
+  """The library's tokenizer, which adds no special tokens; ValueError for a file of another kind.
+  """
   try:
     tokenizers = importlib.import_module('tokenizers')
   except ImportError as error:
     raise ValueError(f'{file} is read by the tokenizers library: '
                      "pip install 'prompt_tuning_jax[tokenizers]'.") from error
-  value = _file(file).json
-  splitter = value.get('pre_tokenizer') or {}
-  if splitter.get('type') != 'ByteLevel' or value['model'].get('type', 'BPE') != 'BPE':
-    raise ValueError(f'{file}: expected the byte-level BPE of GPT-2, got a tokenizer whose model '
-                     f'is {value["model"].get("type")!r} and whose pre_tokenizer is '
-                     f'{splitter.get("type")!r}.')
-  value = {**value, 'pre_tokenizer': {**splitter, 'add_prefix_space': True},
-           'truncation': None, 'padding': None}
+  value = {**file_of(file).json, 'truncation': None, 'padding': None, 'post_processor': None}
+  if not file_of(file).is_word_piece:
+    splitter = value.get('pre_tokenizer') or {}
+    if splitter.get('type') != 'ByteLevel' or value['model'].get('type', 'BPE') != 'BPE':
+      raise ValueError(f'{file}: expected the byte-level BPE of GPT-2 or BART, got a tokenizer '
+                       f'whose model is {value["model"].get("type")!r} and whose pre_tokenizer is '
+                       f'{splitter.get("type")!r}.')
+    value['pre_tokenizer'] = {**splitter, 'add_prefix_space': _has_space(file)}
   try:
     return tokenizers.Tokenizer.from_str(json.dumps(value))
   except Exception as error:  # Its errors have no class of their own.

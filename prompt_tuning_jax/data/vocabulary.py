@@ -1,8 +1,9 @@
-"""Vocabularies without TensorFlow: SentencePiece with sentinels, ByT5's bytes, GPT-2's BPE.
+"""Vocabularies without TensorFlow: SentencePiece with sentinels, bytes, BPE, word pieces.
 
 Ids of the first two are those of `seqio.SentencePieceVocabulary` and `seqio.ByteVocabulary`: 0
 pads, 1 ends a sequence, 2 is unknown, and the sentinels stand behind the pieces in falling order,
-so that `<extra_id_0>` is the last id. Those of GPT-2 are in `data.byte_level_bpe`.
+so that `<extra_id_0>` is the last id. Those of GPT-2 and BART are in `data.byte_level_bpe`, BERT's
+in `data.word_piece`.
 """
 
 import dataclasses
@@ -19,7 +20,8 @@ import numpy as np
 import sentencepiece
 
 from prompt_tuning_jax import tokenizer_file
-from prompt_tuning_jax.data.byte_level_bpe import ByteLevelBPE
+from prompt_tuning_jax.data.byte_level_bpe import ByteLevelBPE, file_of
+from prompt_tuning_jax.data.word_piece import WordPiece
 
 BYTES = 'bytes'
 PAD, EOS, UNK = 0, 1, 2
@@ -37,8 +39,8 @@ class Vocabulary:
   """Text to ids and back.
 
   Args:
-    file: a SentencePiece model file, 'bytes' for UTF-8 bytes (ByT5), or GPT-2's tokenizer.json (or
-      its vocab.json, merges.txt beside it).
+    file: a SentencePiece model file, 'bytes' for UTF-8 bytes (ByT5), or the tokenizer.json of
+      GPT-2, BART or BERT (or vocab.json, merges.txt beside it; or BERT's vocab.txt).
     extra_ids: how many sentinels `<extra_id_0>`, `<extra_id_1>`, … follow the pieces; by default
       100, and 0 of a tokenizer.json, which has none.
 
@@ -75,6 +77,23 @@ class Vocabulary:
     return self._kind.unk_id
 
   @property
+  def mask_id(self) -> int:
+    """What stands for text to be filled in: a mask, or `<extra_id_0>`; ValueError for neither."""
+    mask_id = getattr(self._kind, 'mask_id', None)
+    if mask_id is None and not self.extra_ids:
+      raise ValueError(f'{self.file} has no mask, and no sentinels: extra_ids must be 1 or more.')
+    return self.sentinel(0) if mask_id is None else mask_id
+
+  def begins(self, feature: str) -> tuple[int, ...]:
+    """The ids that every text of a feature, 'inputs' or 'targets', begins with."""
+    return getattr(self._kind, 'begins', {}).get(feature, ())
+
+  def framed(self, ids: Sequence[int], feature: str, most: int | None = None) -> list[int]:
+    """A text's ids with those that such texts begin and end with, cut to be at most so many."""
+    begins = self.begins(feature)
+    return [*begins, *ids[:None if most is None else max(0, most - len(begins) - 1)], self.eos_id]
+
+  @property
   def size(self) -> int:
     """Number of ids: pieces (or special ids and bytes) and sentinels."""
     return self._kind.size
@@ -92,7 +111,7 @@ class Vocabulary:
     return self.size - 1 - k
 
   def encode(self, text: str) -> list[int]:
-    """The ids of a text, without EOS."""
+    """The ids of a text alone, without those of `framed`."""
     return self._kind.encode(text)
 
   def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
@@ -139,17 +158,17 @@ class Vocabulary:
 
     if isinstance(self._kind, _Bytes):
       return seqio.ByteVocabulary(self.extra_ids)
-    if isinstance(self._kind, ByteLevelBPE):
+    if isinstance(self._kind, ByteLevelBPE | WordPiece):
       return _seqio_of(self)
     _load(self.file, self.extra_ids)  # So that a bad file gives our error.
     return seqio.SentencePieceVocabulary(self.file, self.extra_ids)
 
   @property
-  def _kind(self) -> '_Bytes | _SentencePiece | ByteLevelBPE':
+  def _kind(self) -> '_Bytes | _SentencePiece | ByteLevelBPE | WordPiece':
     if self.file == BYTES:
       return _Bytes(self.extra_ids)
     if tokenizer_file.is_tokenizer(self.file):
-      return ByteLevelBPE(self.file)
+      return (WordPiece if file_of(self.file).is_word_piece else ByteLevelBPE)(self.file)
     return _SentencePiece(self.file, self.extra_ids)
 
 
@@ -296,6 +315,7 @@ def _seqio_of(vocabulary: Vocabulary):
       return isinstance(other, seqio.Vocabulary) and getattr(other, 'sha256', None) == self.sha256
 
     sha256 = property(lambda self: vocabulary.sha256)
+    mask_id = property(lambda self: vocabulary.mask_id)
 
   return Wrapped()
 

@@ -93,6 +93,10 @@ class GPTConfig:
     """How many layers the inputs, and a prompt among them, go through."""
     return self.num_layers
 
+  def positions_of(self, inputs: int, targets: int) -> int:
+    """How many positions an example of so many tokens takes; its last is never read."""
+    return inputs + targets - 1
+
   def network(self) -> 'DecoderOnly':
     """The network of this shape."""
     return DecoderOnly(self)

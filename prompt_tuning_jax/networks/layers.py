@@ -12,8 +12,10 @@ from jax.sharding import PartitionSpec
 from prompt_tuning_jax.networks import int8
 from prompt_tuning_jax.types import Array, DType, Initializer
 
-# GELU is the tanh approximation, in T5 1.1 as in GPT-2; 'linear' is the ungated half.
-ACTIVATIONS = {'relu': nn.relu, 'gelu': nn.gelu, 'silu': nn.silu, 'linear': lambda x: x}
+# GELU is the tanh approximation in T5 1.1 and GPT-2, and exact in BERT and BART; 'linear' is the
+# ungated half.
+ACTIVATIONS = {'relu': nn.relu, 'gelu': nn.gelu, 'silu': nn.silu, 'linear': lambda x: x,
+               'gelu_exact': functools.partial(nn.gelu, approximate=False)}
 FAN_IN = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
 
 
@@ -149,9 +151,10 @@ class LayerNorm(nn.Module):
 
 
 class CentredLayerNorm(nn.Module):
-  """The layer norm of Ba et al. (2016): mean 0, variance 1, then scale and bias (epsilon 1e-5)."""
+  """The layer norm of Ba et al. (2016): mean 0, variance 1, then scale and bias."""
 
   dtype: DType = jnp.float32
+  epsilon: float = 1e-5
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -162,7 +165,7 @@ class CentredLayerNorm(nn.Module):
                                       ('bias', nn.initializers.zeros)))
     x = x.astype(jnp.float32)
     x -= jnp.mean(x, axis=-1, keepdims=True)
-    x *= jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-5)
+    x *= jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
     return (x * scale + bias).astype(self.dtype)
 
 

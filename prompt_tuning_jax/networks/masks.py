@@ -28,12 +28,19 @@ def positions(live: Array, segments: Array | None = None) -> Array:
 
   Texts of one row stand one after another: [B, T] bool, [B, T] int -> [B, T] int32.
   """
-  count = jnp.cumsum(live, axis=-1, dtype=jnp.int32)
-  before = 0
-  if segments is not None:
-    starts = jnp.diff(segments, axis=-1, prepend=-1) != 0
-    before = jax.lax.cummax(jnp.where(starts, count - live, 0), axis=1)
-  return jnp.where(live, count - 1 - before, 0)
+  return jnp.where(live, count_before(live, segments), 0)
+
+
+def count_before(counted: Array, segments: Array | None = None) -> Array:
+  """How many tokens that count stand before each token of its text, which is one of the row's.
+
+  [B, T] bool, [B, T] int -> [B, T] int32.
+  """
+  count = jnp.cumsum(counted, axis=-1, dtype=jnp.int32) - counted
+  if segments is None:
+    return count
+  starts = jnp.diff(segments, axis=-1, prepend=-1) != 0
+  return count - jax.lax.cummax(jnp.where(starts, count, 0), axis=1)
 
 
 def combine(*masks: Array | None) -> Array | None:

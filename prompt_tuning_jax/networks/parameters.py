@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax.linen import partitioning
 
 from prompt_tuning_jax import param_paths
-from prompt_tuning_jax.networks import gpt, int8, layer_stack, t5
+from prompt_tuning_jax.networks import bart, bert, gpt, int8, layer_stack, t5
 from prompt_tuning_jax.types import DType, PyTree
 
 # Between them, networks of one layer that have every parameter that any network has.
@@ -21,7 +21,9 @@ _SMALLEST = (
     t5.T5Config(8, 2, 1, 1, 1, 2, 2),
     t5.T5Config(8, 2, 1, 1, 1, 2, 2, mlp_activations=('relu',)),
     gpt.GPTConfig(8, 2, 1, 1, 2, 2, max_positions=4, use_bias=True),
-    gpt.GPTConfig(8, 2, 1, 1, 2, 2, mlp_activations=('relu',), max_positions=4, use_bias=True))
+    gpt.GPTConfig(8, 2, 1, 1, 2, 2, mlp_activations=('relu',), max_positions=4, use_bias=True),
+    bart.BartConfig(8, 2, 1, 1, 1, 2, 2, max_positions=4),
+    bert.BertConfig(8, 2, 1, 1, 2, 2, max_positions=4))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ Parameter names and logical axes are T5X's, verbatim: they are a public checkpoi
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -55,6 +56,8 @@ class T5Config:
     layer_stack.check_settings(self.remat_policy, self.attention)
 
   max_positions = None  # Positions are relative: texts may be of any length.
+  start_id = 0  # what the decoder reads first: padding
+  embedding_stddev = 1.0  # of a new table
   # Where the embedding table is, and the modules that make each place's keys and values.
   embedding = 'token_embedder/embedding'
   attention_modules = {'encoder': ('encoder', 'attention'),
@@ -129,10 +132,11 @@ class Encoder(nn.Module):
   config: T5Config
 
   @nn.compact
-  def __call__(self, x: Array, tokens: Array, mask: Array, deterministic: bool,
-               virtual_embeddings: Array | None = None, prefix: Prefix = NO_PREFIX,
-               adapters: Adapters = NO_ADAPTERS) -> Array:
+  def __call__(self, x: Array, tokens: Array, segments: Array | None, mask: Array,
+               deterministic: bool, virtual_embeddings: Array | None = None,
+               prefix: Prefix = NO_PREFIX, adapters: Adapters = NO_ADAPTERS) -> Array:
     """tokens: [B, T], embedded x: [B, T, D], mask: [B, 1, T, T] -> [B, T, D]."""
+    del segments  # Their tokens are as far apart as in the row.
     cfg = self.config
     positions = jnp.arange(x.shape[1])
     bias = _position_bias(cfg, bidirectional=True)(positions, positions)
@@ -176,8 +180,8 @@ class Decoder(nn.Module):
   shared_embedding: layers.Embed  # the output layer, where it is tied
 
   @nn.compact
-  def __call__(self, x: Array, encoded: Array, self_mask: Array | None, cross_mask: Array | None,
-               deterministic: bool, decode: bool = False,
+  def __call__(self, x: Array, encoded: Array, positions: Array | None, self_mask: Array | None,
+               cross_mask: Array | None, deterministic: bool, decode: bool = False,
                max_decode_length: int | None = None, prefix: Prefix = NO_PREFIX,
                adapters: Adapters = NO_ADAPTERS) -> Array:
     """Embedded targets x: [B, S, D], encoded: [B, T, D] -> logits [B, S, V] float32.
@@ -185,6 +189,7 @@ class Decoder(nn.Module):
     With `decode`, the first call makes an empty cache of max_decode_length (default S) positions;
     each later call appends the S positions of `x` and attends to all that came before.
     """
+    del positions
     cfg = self.config
     query_positions = key_positions = jnp.arange(x.shape[1])
     index = length = None
@@ -209,16 +214,20 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-  """T5, with the methods of T5X's networks and three keyword arguments more.
+  """An encoder-decoder with the methods of T5X's networks and three keyword arguments more.
 
   `virtual_embeddings` [R, D] are rows behind the embedding table: token id V + r embeds as row r,
   in the encoder's tokens and in the decoder's. Rows of every encoder layer, [L, R, D], take the
   place of what the layer below made at these tokens. `prefix` stands before the keys of attentions,
   `adapters` behind sub-layers. Token id 0 is padding. In packed batches attention stays within
-  equal segment ids; positions are relative, so position arguments change nothing.
+  equal segment ids; positions are relative, or counted within a segment, so position arguments
+  change nothing. Other stacks than T5's (`networks.bart`) have the same arguments; T5's take no
+  notice of `segments` and `positions`.
   """
 
-  config: T5Config
+  config: Any
+  encoder_stack: type[nn.Module] = Encoder
+  decoder_stack: type[nn.Module] = Decoder
 
   @property
   def scan_layers(self) -> bool:
@@ -227,9 +236,10 @@ class Transformer(nn.Module):
 
   def setup(self):
     cfg = self.config
-    self.token_embedder = layers.Embed(cfg.vocab_size, cfg.emb_dim, jnp.dtype(cfg.dtype))
-    self.encoder = Encoder(cfg)
-    self.decoder = Decoder(cfg, self.token_embedder)
+    self.token_embedder = layers.Embed(cfg.vocab_size, cfg.emb_dim, jnp.dtype(cfg.dtype),
+                                       stddev=cfg.embedding_stddev)
+    self.encoder = self.encoder_stack(cfg)
+    self.decoder = self.decoder_stack(cfg, self.token_embedder)
 
   def encode(self, encoder_input_tokens: Array, encoder_segment_ids: Array | None = None,
              encoder_positions: Array | None = None, enable_dropout: bool = True, *,
@@ -246,8 +256,8 @@ class Transformer(nn.Module):
     mask = masks.pairwise(live, live)
     if encoder_segment_ids is not None:
       mask &= masks.same_segment(encoder_segment_ids, encoder_segment_ids)
-    return self.encoder(embedded, encoder_input_tokens, mask, not enable_dropout,
-                        virtual_embeddings, prefix, adapters)
+    return self.encoder(embedded, encoder_input_tokens, encoder_segment_ids, mask,
+                        not enable_dropout, virtual_embeddings, prefix, adapters)
 
   def decode(self, encoded: Array, encoder_input_tokens: Array, decoder_input_tokens: Array,
              decoder_target_tokens: Array, encoder_segment_ids: Array | None = None,
@@ -268,11 +278,12 @@ class Transformer(nn.Module):
     if encoder_segment_ids is not None and decoder_segment_ids is None:
       raise ValueError('Packed inputs need decoder_segment_ids too: which targets are whose?')
     encoder_live = encoder_input_tokens > 0
-    self_mask = None
+    self_mask = text_positions = None
     if decode:
       cross_mask = masks.pairwise(jnp.ones_like(decoder_input_tokens, bool), encoder_live)
     else:
       decoder_live = decoder_target_tokens > 0
+      text_positions = masks.positions(decoder_live, decoder_segment_ids)
       positions = jnp.arange(decoder_input_tokens.shape[1])
       self_mask = masks.causal(positions, positions) & masks.pairwise(decoder_live, decoder_live)
       cross_mask = masks.pairwise(decoder_live, encoder_live)
@@ -281,9 +292,15 @@ class Transformer(nn.Module):
       if encoder_segment_ids is not None:
         cross_mask &= masks.same_segment(decoder_segment_ids, encoder_segment_ids)
     if embedded is None:
-      embedded = self.token_embedder(decoder_input_tokens, virtual_embeddings)
-    return self.decoder(embedded, encoded, self_mask, cross_mask, not enable_dropout, decode,
-                        max_decode_length, prefix, adapters)
+      embedded = self.token_embedder(self._started(decoder_input_tokens), virtual_embeddings)
+    return self.decoder(embedded, encoded, text_positions, self_mask, cross_mask,
+                        not enable_dropout, decode, max_decode_length, prefix, adapters)
+
+  def _started(self, decoder_input_tokens: Array) -> Array:
+    """The same with the id that the network starts from where a text begins."""
+    start = self.config.start_id
+    return decoder_input_tokens if not start else jnp.where(
+        decoder_input_tokens == 0, start, decoder_input_tokens)
 
   def __call__(self, encoder_input_tokens: Array, decoder_input_tokens: Array,
                decoder_target_tokens: Array, encoder_segment_ids: Array | None = None,
@@ -293,7 +310,7 @@ class Transformer(nn.Module):
                prefix: Prefix = NO_PREFIX, adapters: Adapters = NO_ADAPTERS) -> Array:
     """Tokens [B, T] and [B, S] int32 -> logits [B, S, V] float32 (teacher forcing)."""
     # Looked up at once, so that devices sum up one gradient of a prompt's rows, not two.
-    tokens = jnp.concatenate([encoder_input_tokens, decoder_input_tokens], axis=1)
+    tokens = jnp.concatenate([encoder_input_tokens, self._started(decoder_input_tokens)], axis=1)
     inputs, targets = jnp.split(self.token_embedder(tokens, virtual_embeddings),
                                 [encoder_input_tokens.shape[1]], axis=1)
     encoded = self.encode(encoder_input_tokens, encoder_segment_ids, encoder_positions,

@@ -1,0 +1,77 @@
+"""BERT's vocabulary: word pieces (Devlin et al. 2019), by the tokenizers library.
+
+Ids are the tokenizer's: [PAD] is 0. A text may hold special tokens, '[MASK]' and '[SEP]' say, which
+stand for themselves. Every input begins with [CLS], and every text ends with [SEP].
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+from prompt_tuning_jax import tokenizer_file
+from prompt_tuning_jax.data.byte_level_bpe import file_of, loaded
+
+
+@dataclasses.dataclass(frozen=True)
+class WordPiece:
+  """A vocabulary (`data.vocabulary`) of a tokenizer.json or a vocab.txt.
+
+  Raises ValueError, when first used, where the file is missing or of another kind, and where the
+  tokenizers library is not installed.
+  """
+
+  file: str
+
+  @property
+  def eos_id(self) -> int:
+    return file_of(self.file).end_id
+
+  @property
+  def unk_id(self) -> int:
+    return file_of(self.file).ids[tokenizer_file.BERT['unk_token']]
+
+  @property
+  def mask_id(self) -> int:
+    return file_of(self.file).mask_id
+
+  @property
+  def begins(self) -> dict[str, tuple[int, ...]]:
+    return file_of(self.file).begins
+
+  @property
+  def size(self) -> int:
+    return file_of(self.file).size
+
+  @property
+  def sha256(self) -> str:
+    return file_of(self.file).sha256
+
+  def encode(self, text: str) -> list[int]:
+    return self.encode_many([text])[0]
+
+  def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+    encodings = loaded(self.file).encode_batch_fast(list(texts), add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Words with a space between them, but none before '.' and the like; no special tokens."""
+    return b''.join(map(self.appended, ids)).decode('utf-8').removeprefix(' ')
+
+  def piece(self, token: int) -> str:
+    """The token as the file writes it, a piece within a word with '##'."""
+    return loaded(self.file).id_to_token(token) or ''
+
+  leading_spaces = 1
+
+  def appended(self, token: int) -> bytes:
+    """The bytes that an id appends to a decoded text."""
+    return _appended(self.file, token)
+
+
+@functools.lru_cache(maxsize=1 << 17)
+def _appended(file: str, token: int) -> bytes:
+  words = loaded(file)
+  added, written = words.get_added_tokens_decoder().get(token), words.id_to_token(token)
+  if written is None or (added and added.special):
+    return b''
+  return words.decoder.decode(['a', written])[1:].encode('utf-8')
