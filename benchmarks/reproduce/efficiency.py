@@ -58,8 +58,8 @@ def result() -> dict[str, Any]:
               'and more still while it is trained',
       'source': 'Lester et al. 2021, section 3.1 and figure 4',
       'chosen': "the paper's own networks: only shapes are needed",
-      'axis': 'T5 1.1', 'unit': '% of all parameters', 'log': True, 'trained': trained,
-      'parameters': whole,
+      'axis': 'T5 1.1', 'unit': '% of all parameters', 'log': True, 'ordered': True,
+      'trained': trained, 'parameters': whole,
       'scores': {f'{name}@{size}': {'values': [value], 'mean': value, 'deviation': None}
                  for name, row in share.items()
                  for size, value in zip(SIZES, row, strict=True)}}

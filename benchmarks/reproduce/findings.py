@@ -13,6 +13,7 @@ and lists them in results/README.md. What is not known here is given to every ru
 
 import argparse
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -50,7 +51,8 @@ def found(name: str, arms: Sequence[runs.Arm], seeds: Sequence[int], output: pat
           'reading': claims.reading(needs, judged), 'rule': claims.RULE,
           **{key: table[key] for key in ('says', 'source', 'chosen', 'axis')},
           'unit': next((each['metric'] for each in told.values() if each['metric']), 'score'),
-          'always': always, 'needs': needs, 'claims': judged,
+          'ordered': table.get('ordered', False), 'always': always, 'needs': needs,
+          'claims': judged,
           'scores': {key: _spread(values) for key, values in scores.items()}, 'seeds': list(seeds),
           'arms': told, 'seconds': sum(each['seconds'] for each in told.values())}
 
@@ -153,6 +155,7 @@ def main(argv: Sequence[str]) -> int:
     made.error(f'name a finding: {", ".join(ALL)}; or --front.')
   output = flags.output.expanduser().resolve()
   results = output / 'smoke' if flags.smoke else flags.results
+  logging.getLogger().handlers.clear()  # what is imported above has made one of its own
   launch.set_up_process()
 
   def work() -> None:

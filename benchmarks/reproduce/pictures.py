@@ -11,6 +11,7 @@ from matplotlib import pyplot  # noqa: E402  (after the backend)
 
 MARKS = 'osD^vP*'
 COLUMNS = 3
+OWN = 'own evaluation'
 
 
 def series(scores: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], dict[str, list]]:
@@ -31,13 +32,14 @@ def series(scores: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], dict[str
 def draw(axis: Any, result: Mapping[str, Any]) -> None:
   """A finding's scores: means over seeds with standard deviations, and every seed as a dot."""
   places, lines = series(result['scores'])
+  joined = '-' * bool(result['ordered'])
   for i, ((name, scores), mark) in enumerate(zip(lines.items(), MARKS, strict=False)):
     shift = .08 * (i - (len(lines) - 1) / 2)
     there = [(x, score) for x, score in enumerate(scores) if score and score['mean'] is not None]
     bars = axis.errorbar(
         [x + shift for x, _ in there], [score['mean'] for _, score in there],
-        [score['deviation'] or 0 for _, score in there], fmt=f'{mark}-', capsize=3, markersize=5,
-        label=name or None)
+        [score['deviation'] or 0 for _, score in there], fmt=mark + joined, capsize=3, markersize=5,
+        label=name or OWN)
     for x, score in there:
       values = [value for value in score['values'] if value is not None]
       axis.plot([x + shift] * len(values), values, '.', color=bars[0].get_color(), alpha=.4)
@@ -45,8 +47,14 @@ def draw(axis: Any, result: Mapping[str, Any]) -> None:
            yscale='log' if result.get('log') else 'linear')
   axis.set_xticklabels(places, fontsize='small', rotation=20 * (max(map(len, places)) > 10))
   axis.set_title(f'{result["finding"].replace("_", " ")}: {result["verdict"]}', fontsize='medium')
+  axis.margins(x=.12)
+  if result.get('log'):
+    axis.set_ylim(bottom=axis.get_ylim()[0] / 1000)  # room for the legend
   axis.spines[['top', 'right']].set_visible(False)
-  if any(lines):
+  if result.get('always'):
+    axis.axhline(result['always'], color='grey', linestyle=':', linewidth=1,
+                 label='always the most frequent answer')
+  if len(lines) > 1 or result.get('always'):
     axis.legend(fontsize='x-small', framealpha=.7, edgecolor='none')
 
 

@@ -123,8 +123,11 @@ def trained(arm: Arm, seeds: Sequence[int], output: pathlib.Path, at_once: int) 
   """The record of this arm's run from each seed; those that are not done train together."""
   missing = [seed for seed in seeds if not (arm.folder(output, seed) / 'run.json').exists()]
   if missing:
-    outcomes = many_runs.train({f'{arm.name}, seed {seed}': arm.command(output, seed)
-                                for seed in missing}, at_once)
+    try:
+      outcomes = many_runs.train({f'{arm.name}, seed {seed}': arm.command(output, seed)
+                                  for seed in missing}, at_once)
+    except SystemExit:  # a signal, after which there is no result
+      raise SystemExit('Stopped: the same command goes on.') from None
     for seed, outcome in zip(missing, outcomes.values(), strict=True):
       folder = arm.folder(output, seed)
       lost = isinstance(outcome, ValueError)
