@@ -19,12 +19,12 @@ FLOORS = (
      'ranking'},
     {'prompted_model', 'methods', 'data', 'checkpoints'},
     {'prompt_bank', 'jsonl'},
-    {'predictor', 'analysis'},
+    {'predictor', 'analysis', 'steering'},
     {'training', 'prompted_base', 'serving', 't5x_bridge'},
     {'launch'},
     {'verb', 'many_runs'},
     {'train', 'train_ensemble', 'train_vocabulary', 'eval', 'infer', 'score', 'serve', 'export',
-     'similarity', 'inspect', 'sweep'},
+     'similarity', 'inspect', 'sweep', 'steer'},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TENSORFLOW = {'tensorflow', 'tensorflow_text', 'tensorflow_datasets', 'seqio', 't5', 'clu'}
@@ -34,7 +34,8 @@ WITHOUT_TENSORFLOW = {f'tasks/{name}.py' for name in (
 # Outside library -> the files that may import it, by the start of their path.
 MAY_IMPORT = {
     **dict.fromkeys(TENSORFLOW, ('tasks/', 'prompt_tuning_jax/data/seqio_builder.py',
-                                 'prompt_tuning_jax/data/vocabulary.py')),
+                                 'prompt_tuning_jax/data/vocabulary.py',
+                                 'prompt_tuning_jax/t5x_bridge.py')),
     'orbax': ('prompt_tuning_jax/checkpoints/',),
     'gin': ('prompt_tuning_jax/launch.py',),
     't5x': ('prompt_tuning_jax/t5x_bridge.py',),

@@ -89,8 +89,7 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
   tasks = _checked(mixture.as_mixture(task))
   base = load_base(initial_checkpoint_path, network, vocabulary, parameter_dtype, partitioner, seed,
                    execution)
-  words = _vocabulary(base)
-  lengths = dict(task_feature_lengths)
+  words, lengths = _vocabulary(base), dict(task_feature_lengths)
   opened = functools.partial(_caches, tasks, words, lengths, cache_dir)
   caches = opened('train_split', train_subset)
   method = method.for_data(caches, base, words, seed)
@@ -109,8 +108,8 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
   evaluator = evaluate.evaluator(
       *_evaluated(predictor, tasks, virtual, opened, eval_subset) if eval_period else ((), ()),
       metric, max_eval_examples, rank_labels)
-  search = getattr(method, 'search', None)  # which takes the optimizer's place
-  state = _place(train_state.create(trainable, search or optimizer), partitioner)
+  optimizer = getattr(method, 'search', optimizer)  # which may take its place
+  state = _place(train_state.create(trainable, optimizer), partitioner)
   described = {
       'base': base.fingerprint, 'task': tasks.name, 'method': methods.description(method),
       'vocabulary': words.sha256, 'lengths': lengths, 'batch_size': batch_size, 'seed': seed,
@@ -118,8 +117,7 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
       'evaluated': evaluator and evaluator.part}
   look = functools.partial(html_report.write_for_run, words, config.embedding) if inspect else None
   return steps(loop.Training(
-      Recipe(model, optimizer, seed, z_loss, label_smoothing, num_microbatches, partitioner,
-             search),
+      Recipe(model, optimizer, seed, z_loss, label_smoothing, num_microbatches, partitioner),
       state, frozen, source.batch_at, functools.partial(
           _steps, state=state, frozen=frozen, described=described, model_dir=model_dir,
           config_text=config_text, saver=functools.partial(_saver, method, base, tasks, evaluator),

@@ -26,23 +26,22 @@ class Recipe:
   With `num_microbatches` the batch is gone through in so many parts, one after another, so that
   activations of one part are in memory at a time; the gradient is the whole batch's.
 
-  `partitioner` says how the step is split over devices. With a `search` a step is one of search
-  over prompts of words, and `optimizer` is not used.
+  `partitioner` says how the step is split over devices. With a `WordSearch` as the optimizer a step
+  is one of search over prompts of words.
   """
 
   model: PromptedModel
-  optimizer: optax.GradientTransformation
+  optimizer: optax.GradientTransformation | WordSearch
   seed: int = 0
   z_loss: float = 0.0
   label_smoothing: float = 0.0
   num_microbatches: int = 1
   partitioner: Partitioner = Partitioner()
-  search: WordSearch | None = None
 
   @property
   def guided(self) -> bool:
     """Whether a step takes gradients; where it does not, they are zeros that cost nothing."""
-    return self.search is None or self.search.guided
+    return not isinstance(self.optimizer, WordSearch) or self.optimizer.guided
 
   def dropout_key(self, step: Array) -> Array:
     """The key of a step."""
@@ -69,7 +68,7 @@ class Recipe:
     """The state after a step with these gradients, as it was where they are not finite; metrics.
     """
     norm = optax.global_norm(gradients)
-    if self.search:
+    if isinstance(self.optimizer, WordSearch):
       trainable, opt_state = self._searched(state, gradients, frozen, batch)
     else:
       updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.trainable)
@@ -95,12 +94,12 @@ class Recipe:
 
     table = param_paths.flatten(frozen)[self.model.network.config.embedding]
     key = jax.random.fold_in(self.dropout_key(state.step), 1)
-    return self.search.step(key, state.trainable, state.opt_state, gradients, table, loss)
+    return self.optimizer.step(key, state.trainable, state.opt_state, gradients, table, loss)
 
 
-def make_train_step(model: PromptedModel, optimizer: optax.GradientTransformation, seed: int,
-                    z_loss: float = 0.0, label_smoothing: float = 0.0, num_microbatches: int = 1,
-                    partitioner: Partitioner = Partitioner(), search: WordSearch | None = None,
+def make_train_step(model: PromptedModel, optimizer: optax.GradientTransformation | WordSearch,
+                    seed: int, z_loss: float = 0.0, label_smoothing: float = 0.0,
+                    num_microbatches: int = 1, partitioner: Partitioner = Partitioner(),
                     shardings: TrainState | None = None) -> Callable:
   """A compiled (state, frozen, batch) -> (state, metrics); `state` is donated.
 
@@ -111,8 +110,7 @@ def make_train_step(model: PromptedModel, optimizer: optax.GradientTransformatio
   Metrics are [] float32: loss (nats per target token), accuracy (teacher-forced), tokens,
   grad_norm.
   """
-  recipe = Recipe(model, optimizer, seed, z_loss, label_smoothing, num_microbatches, partitioner,
-                  search)
+  recipe = Recipe(model, optimizer, seed, z_loss, label_smoothing, num_microbatches, partitioner)
 
   def train_step(state: TrainState, frozen: PyTree, batch: Batch):
     gradients, metrics = recipe.gradients(state.trainable, frozen, batch,

@@ -47,7 +47,7 @@ def searching(moves, keep=1, kind='t5', length=P, seed=0):
   method = DiscretePrompt(length, search=WordSearch(moves, keep, WORDS),
                           table=np.asarray(base.embedding))
   model = method.model(base.config)
-  recipe = Recipe(model, None, seed, search=method.search)
+  recipe = Recipe(model, method.search, seed)
   start = train_state.create(method.initial(jax.random.key(seed), base, None), method.search)
   loss = jax.jit(lambda prompt, batch: prompted_model.loss(
       model, {**base.params, 'prompt': {'embedding': prompt}}, batch)[1]['loss'])
