@@ -20,7 +20,9 @@ from prompt_tuning_jax.training.prompt_design import PromptDesign
 from prompt_tuning_jax.training.word_search import Mutations, WordSearch
 
 GIN = pathlib.Path(__file__).resolve().parent.parent / 'gin'
-FILES = sorted(path.relative_to(GIN).as_posix() for path in GIN.rglob('*.gin'))
+# Those of t5x/ are for T5X's own launcher (t5x_bridge_test.py).
+FILES = sorted(path.relative_to(GIN).as_posix() for path in GIN.rglob('*.gin')
+               if path.parent.name != 't5x')
 NETWORKS = [name for name in FILES if name.startswith('network/')]
 PROMPTS = [name for name in FILES if name.startswith('prompt/')]
 RUNS = [name for name in FILES if name.startswith('run/')]
@@ -138,7 +140,8 @@ def test_every_prefix_file_is_a_start_of_prefix_tuning(name):
 def test_any_order_gives_the_same_run(values):
   files = ['run/prompt_tuning.gin', 'network/t5_1_1_small.gin', 'prompt/text.gin',
            'method/prompt_tuning.gin', 'task/text_file.gin']
-  texts = {_read_given(order, values)[1] for order in itertools.permutations(files)}
+  orders = list(itertools.permutations(files))[::7]  # of all 120, each file first, last, between
+  texts = {_read_given(order, values)[1] for order in orders}
   assert len(texts) == 1
   text = texts.pop()
   for part in ('t5.T5Config.emb_dim = 512', '@initializers.Text()', '@text_file.TextFile()'):

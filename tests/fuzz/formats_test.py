@@ -25,7 +25,7 @@ NEEDING = {'peft_of_peft': 'peft', 't5_of_transformers': 'transformers',
            'merges': 'tokenizers'}
 ALL = (*EXACT, *OTHERS, *NEEDING)
 # A few formats in the fast run, and how many cases of each in the slow one.
-FAST, X
+FAST, SLOW = ('prompt', 'peft', 't5', 't5x', 'token_cache', 'jsonl', 'tokenizer'), 120
 
 
 def child(*args) -> subprocess.CompletedProcess:
