@@ -66,6 +66,18 @@ setup(
         'metrics': ['rouge-score', 'sacrebleu'],
         # What GPT-2's vocabulary is read with.
         'tokenizers': ['tokenizers'],
+        # T5X and what it needs beside its own requirements. Those are git sources without versions:
+        # gin/t5x/README.md says how to install none of them twice.
+        't5x': [
+            't5x @ git+https://github.com/google-research/t5x'
+            '@cc342d419ec3e3e9c4bf1df33c82330cafdc1e16',
+            'cached_property',
+            'chex',
+            'clu',
+            'fiddle>=0.3',
+            'grain',
+            'jaxtyping',
+        ],
         # The HTTP server of prompts.
         'serve': ['prometheus_client', 'starlette>=1.0', 'uvicorn>=0.30'],
         'test': [

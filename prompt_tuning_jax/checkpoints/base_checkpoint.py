@@ -35,7 +35,10 @@ FINGERPRINT_ROWS = 1024
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Base:
-  """A base model in memory. `vocabulary` is None where the folder has none."""
+  """A base model in memory, or with its leaves still in their files (`open_base`).
+
+  `vocabulary` is None where the folder has none.
+  """
 
   name: str
   config: Any
@@ -46,7 +49,7 @@ class Base:
   @property
   def embedding(self) -> Array:
     """The embedding table [V, D]."""
-    table = param_paths.flatten(self.params)[self.config.embedding]
+    table = _in_memory(param_paths.flatten(self.params)[self.config.embedding])
     return table.dequantized() if isinstance(table, int8.Quantized) else table
 
   def apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -59,7 +62,8 @@ class Base:
             param_paths.flatten(params), lambda leaf, i: jax.tree.map(lambda x: x[i], leaf)))
       return config.network().apply({'params': params}, *args, **kwargs)
 
-    return (jax.jit(applied) if self.config.scan_layers else applied)(self.params)
+    params = jax.tree.map(_in_memory, self.params)
+    return (jax.jit(applied) if self.config.scan_layers else applied)(params)
 
 
 def bundled_bases() -> list[str]:
@@ -94,6 +98,19 @@ def load_base(name_or_folder: str | os.PathLike, *, config: Any = None,
   config = dataclasses.replace(_with_ids(config, vocabulary), scan_layers=scan_layers)
   return Base(_short_name(folder), config, params, vocabulary, fingerprint(
       param_paths.unflatten(stored)))
+
+
+def open_base(name_or_folder: str | os.PathLike, *, config: Any = None,
+              vocabulary_file: str | VocabularyFile | None = None) -> Base:
+  """A base as `load_base` finds and checks it, its leaves still in their files."""
+  folder, config, stored, name_of = _open(name_or_folder, config)
+  vocabulary = _vocabulary(folder, vocabulary_file)
+  config = _with_ids(config, vocabulary)
+  shapes = {path: spec.shape for path, spec in parameter_specs(config).items()}
+  stored_leaf.check(stored, shapes, folder, name_of)
+  _check_size(folder, config, vocabulary)
+  params = param_paths.unflatten(stored)
+  return Base(_short_name(folder), config, params, vocabulary, fingerprint(params))
 
 
 def network_of(name_or_folder: str | os.PathLike) -> Any:
@@ -237,6 +254,13 @@ def fingerprint(params: PyTree) -> str:
     elif len(leaf.shape) == 1:
       digest.update(_rounded_bytes(leaf))
   return digest.hexdigest()
+
+
+def _in_memory(leaf: Array | StoredLeaf) -> Array:
+  """A leaf that is stored, read whole in float32; any other as it is."""
+  if not isinstance(leaf, StoredLeaf):
+    return leaf
+  return jnp.asarray(leaf.read((slice(None),) * len(leaf.shape)), jnp.float32)
 
 
 def _rounded_bytes(leaf: Array | StoredLeaf, rows: int | None = None) -> bytes:

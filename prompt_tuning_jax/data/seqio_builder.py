@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -77,8 +77,8 @@ def build(task: str, modules: list[str], split: str, vocabulary: Mapping[str, An
   The other arguments are those of `SeqioTask`.
   """
   _quiet_tensorflow()
-  _import_tasks(modules)
-  provider, words = _find(task), Vocabulary(**vocabulary)
+  import_tasks(modules)
+  provider, words = find(task), Vocabulary(**vocabulary)
   if sentinel and not words.extra_ids:
     raise ValueError('The vocabulary has no sentinels to begin targets with: leave out `sentinel`.')
   if block:
@@ -95,7 +95,7 @@ def build(task: str, modules: list[str], split: str, vocabulary: Mapping[str, An
           else _mix(provider, parts, streams, max_examples))
   writer, hidden = CacheWriter(folder), None
   hidden_target = words.encode(f'{SENTINEL} {HIDDEN}' if sentinel else HIDDEN)
-  hidden_target = [*hidden_target[:lengths['targets'] - 1], words.eos_id]
+  hidden_target = words.framed(hidden_target, 'targets', lengths['targets'])
   for inputs, targets, row in rows:
     if hidden is None and np.array_equal(targets, hidden_target):
       hidden = writer.num_examples
@@ -145,7 +145,8 @@ def _quiet_tensorflow() -> None:
   tf.config.set_visible_devices([], 'GPU')
 
 
-def _import_tasks(modules: list[str]) -> None:
+def import_tasks(modules: Iterable[str]) -> None:
+  """Imports modules that register tasks; of a package, every file."""
   for name in modules:
     try:
       module = importlib.import_module(name)
@@ -155,7 +156,8 @@ def _import_tasks(modules: list[str]) -> None:
       raise ValueError(f'Task module {name!r} cannot be imported: {error}.') from error
 
 
-def _find(name: str):
+def find(name: str):
+  """SeqIO's task or mixture of that name; raises ValueError with the nearest names."""
   import seqio
   try:
     return seqio.get_mixture_or_task(name)
@@ -194,9 +196,11 @@ def _rows(task, split: str, words: Vocabulary, lengths: Mapping[str, int],
     raise ValueError(f'Task {task.name} has the features {", ".join(features)}; expected targets '
                      'and, except for language models, inputs.')
   assert isinstance(task, seqio.Task)
+  # Tasks leave room for what texts begin with.
+  room = {key: lengths[key] - len(words.begins(key)) for key in features}
   try:
     dataset = task.replace(output_features=features).get_dataset(
-        sequence_length={key: lengths[key] for key in features}, split=split, shuffle=False, seed=0,
+        sequence_length=room, split=split, shuffle=False, seed=0,
         num_epochs=1)
   except KeyError as error:
     raise ValueError(_missing_field(task, split, str(error))) from error
@@ -214,8 +218,9 @@ def _rows(task, split: str, words: Vocabulary, lengths: Mapping[str, int],
       text = example.get(f'{key}_pretokenized')
       if key in features and features[key].add_eos:
         _check_text(key, ids[ids != words.eos_id], text, place)
-        ids = _with_eos(ids, words.eos_id, lengths[key])
-        cut[key] += _is_cut(ids, text, words, lengths[key])
+        ids = _with_eos(ids, words.eos_id, room[key])
+        cut[key] += _is_cut(ids, text, words, room[key])
+        ids = np.concatenate([np.asarray(words.begins(key), np.int32), ids])
       tokens[key] = ids
     yield tokens['inputs'], tokens['targets'], (
         _row(task, example, tokens, words) if evaluated else None)

@@ -159,7 +159,7 @@ def test_the_builder_writes_its_tokens_with_its_end(words, tmp_path, monkeypatch
     return tf.data.Dataset.from_tensor_slices(
         {'inputs': ['a lovely film', 'dull ' * 40], 'targets': ['good', 'bad']})
 
-  monkeypatch.setattr(seqio_builder, '_import_tasks', lambda modules: None)
+  monkeypatch.setattr(seqio_builder, 'import_tasks', lambda modules: None)
   seqio.TaskRegistry.add(
       name, source=seqio.FunctionDataSource(source, splits=('train',)),
       preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],

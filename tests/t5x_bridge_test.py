@@ -1,0 +1,377 @@
+"""Inside T5X: its trainer, restore, scores and beams with our networks and prompts, as ours are.
+
+Runs against any T5X that can be imported. T5X_SOURCE names checkouts of t5x, airio and jestimator
+(one after another, as in PATH) where they are not installed.
+"""
+
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from prompt_tuning_jax import optimizers, param_paths, prompted_base, prompted_model
+from prompt_tuning_jax.checkpoints import base_checkpoint, prompt_file, t5x_legacy
+from prompt_tuning_jax.data import batches, token_cache
+from prompt_tuning_jax.data.text_file import TextFile
+from prompt_tuning_jax.networks.gpt import GPTConfig
+from prompt_tuning_jax.prompts.virtual_tokens import PLACEMENTS, VirtualTokens
+from prompt_tuning_jax.training import run
+from prompt_tuning_jax.training.lightweight import Adapters, Lora
+from prompt_tuning_jax.training.methods import PromptTuning
+from prompt_tuning_jax.training.multitask import MultitaskPrompts
+from prompt_tuning_jax.training.prefix_tuning import PrefixTuning
+
+SOURCES = [folder for folder in os.environ.get('T5X_SOURCE', '').split(os.pathsep) if folder]
+sys.path += SOURCES
+if not SOURCES and not importlib.util.find_spec('t5x'):
+  pytest.skip('There is no T5X to import: install the extra `t5x`, or name checkouts of t5x, airio '
+              'and jestimator in T5X_SOURCE.', allow_module_level=True)
+
+seqio, t5x_train, partitioning, trainer, utils, t5x_bridge = map(importlib.import_module, (
+    'seqio', 't5x.train', 't5x.partitioning', 't5x.trainer', 't5x.utils',
+    'prompt_tuning_jax.t5x_bridge'))
+
+GIN = pathlib.Path(__file__).resolve().parent.parent / 'gin'
+LENGTHS = {'inputs': 16, 'targets': 8}
+STEPS, MORE = 20, 24
+MODULE = """
+import functools, json, os
+import seqio, tensorflow as tf
+from prompt_tuning_jax.tasks import metrics
+from prompt_tuning_jax.tasks.features import FEATURES
+from prompt_tuning_jax.tasks.postprocessors import label_to_class_id
+
+def source(split, shuffle_files, seed=None):
+  rows = [json.loads(line) for line in open(os.environ['REVIEWS'])][:20]
+  return tf.data.Dataset.from_tensor_slices({'inputs': [row['text'] for row in rows],
+                                             'targets': [row['label'] for row in rows]})
+
+seqio.TaskRegistry.add(
+    'reviews_in_t5x', source=seqio.FunctionDataSource(source, splits=('train', 'validation')),
+    preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+    output_features=FEATURES, metric_fns=[metrics.accuracy],
+    postprocess_fn=functools.partial(label_to_class_id, label_classes=['good', 'bad']))
+"""
+
+
+@pytest.fixture(scope='module', autouse=True)
+def surroundings(tmp_path_factory, reviews):
+  """A module with a task, and a place of our own for converted bases and tokens."""
+  folder = tmp_path_factory.mktemp('t5x')
+  (folder / 'reviews_task.py').write_text(MODULE)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sys, 'path', [str(folder), *sys.path])
+    patch.setattr(t5x_bridge, 'CACHE', folder / 'converted')
+    patch.setenv('REVIEWS', str(reviews))
+    patch.setenv('PROMPT_TUNING_JAX_CACHE', str(folder / 'cache'))
+    yield folder
+
+
+@pytest.fixture(scope='module')
+def tiny(tiny_base) -> str:
+  return str(tiny_base)
+
+
+@pytest.fixture(scope='module')
+def task(tiny) -> str:
+  return t5x_bridge.task('reviews_in_t5x', tiny, modules=('reviews_task',))
+
+
+@pytest.fixture(scope='module')
+def decoder_only(tmp_path_factory, tiny) -> str:
+  """A random decoder-only T5X folder with the vocabulary of the tiny base."""
+  folder = tmp_path_factory.mktemp('gpt') / 'checkpoint_7'
+  config = GPTConfig(vocab_size=192, emb_dim=8, num_heads=2, num_layers=2, head_dim=4, mlp_dim=16)
+  base = base_checkpoint.random_base(config, f'{tiny}/spiece.model')
+  t5x_legacy.write(folder, base.params, step=7)
+  base.vocabulary.write(folder)
+  return str(folder)
+
+
+def saved(method, base: str, path: pathlib.Path, noise: float = 0.5) -> str:
+  """A prompt file of this method with random numbers."""
+  opened = t5x_bridge.open_base(base)
+  leaves = method.initial(jax.random.key(2), opened, t5x_bridge.words_of(opened))
+  leaves = jax.tree.map(lambda leaf: leaf + noise * jax.random.normal(
+      jax.random.key(3), leaf.shape), leaves)
+  method.save(path / 'random', leaves, opened, {'task': 'reviews', 'labels': ['good', 'bad']})
+  return str(path / 'random.safetensors')
+
+
+def train(folder: pathlib.Path, base: str, task: str, batches_of, method, steps: int):
+  """`t5x.train` as gin/t5x/train.gin sets it up, in this process; returns its last state."""
+  config = functools.partial(
+      utils.DatasetConfig, task, LENGTHS, batch_size=16, shuffle=False, seed=0, pack=False)
+  actions = [t5x_bridge.BestPrompt(str(folder))]
+  return t5x_train.train(
+      model=t5x_bridge.model(base, method, optimizers.adafactor(0.3), z_loss=1e-4),
+      model_dir=str(folder),
+      train_dataset_cfg=config(split='train'), train_eval_dataset_cfg=None,
+      infer_eval_dataset_cfg=config(split='validation'), get_dataset_fn=batches_of,
+      checkpoint_cfg=utils.CheckpointConfig(
+          save=utils.SaveCheckpointConfig(
+              period=10, keep=1, save_dataset=True, state_transformation_fns=[
+                  t5x_bridge.PromptFiles(str(folder), method, task, base)]),
+          restore=utils.RestoreCheckpointConfig(
+              t5x_bridge.t5x_folder(base), 'specific', dtype='float32', fallback_to_scratch=True,
+              state_transformation_fns=[t5x_bridge.from_base])),
+      partitioner=t5x_bridge.Partitioner(
+          1, logical_axis_rules=partitioning.standard_logical_axis_rules(
+              additional_rules=[('prompt', None)])),
+      trainer_cls=functools.partial(trainer.Trainer, num_microbatches=None,
+                                    learning_rate_fn=lambda step: 0.3),
+      total_steps=steps, eval_steps=1, eval_period=10, stats_period=1, random_seed=0,
+      summarize_config_fn=lambda *args: None, concurrent_metrics=False,
+      actions={'INFER_EVAL': actions, 'TRAIN_EVAL': actions})
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory, tiny, task, reviews):
+  """(our folder, T5X's folder, its last state): the same run twice, T5X's in two parts."""
+  ours, theirs = tmp_path_factory.mktemp('ours'), tmp_path_factory.mktemp('theirs')
+  method, rows = PromptTuning(length=3), TextFile(str(reviews), str(reviews), targets='label')
+  run.train(rows, LENGTHS, str(ours), tiny, method, optimizers.adafactor(0.3), MORE, 16,
+            eval_period=0, log_period=1, dropout_rate=0.0, inspect=False,
+            batching=functools.partial(batches.TrainBatches, buckets=batches.Buckets((), ())))
+
+  def batches_of(cfg, shard, shards, converter):
+    words = t5x_bridge.words_of(t5x_bridge.open_base(tiny))
+    cache = token_cache.open_or_build(rows, rows.train_split, words, LENGTHS)
+    return t5x_bridge.CachedBatches(batches.TrainBatches(
+        cache, cfg.batch_size, cfg.seed, converter.keywords['virtual'], batches.Buckets((), ())))
+
+  for steps in (STEPS, MORE):
+    _, state = train(theirs, tiny, task, batches_of, method, steps)
+  return ours, theirs, state
+
+
+def curve(folder: pathlib.Path, tag: str = 'cross_ent_loss') -> dict[int, float]:
+  """{step: value} that T5X wrote for TensorBoard."""
+  from tensorboard.backend.event_processing import event_accumulator, tag_types
+  from tensorboard.util import tensor_util
+  events = event_accumulator.EventAccumulator(str(folder / 'train'), {tag_types.TENSORS: 0})
+  events.Reload()
+  return {event.step: float(tensor_util.make_ndarray(event.tensor_proto))
+          for event in events.Tensors(tag)}
+
+
+def test_the_two_trainers_have_the_same_losses_and_the_same_prompt(trained):
+  ours, theirs, state = trained
+  lines = map(json.loads, (ours / 'metrics.jsonl').read_text().splitlines())
+  expected = {line['step']: line['loss'] for line in lines if line['split'] == 'train'}
+  found = curve(theirs)
+  assert list(found) == list(expected) == list(range(1, MORE + 1))
+  np.testing.assert_allclose(list(found.values()), list(expected.values()), atol=1e-4, rtol=0)
+  assert max(expected.values()) - min(expected.values()) > 0.1
+  prompts = [prompt_file.load(folder / 'prompts' / 'last.safetensors') for folder in (ours, theirs)]
+  leaves = [prompt.params['prompt/embedding'] for prompt in prompts]
+  np.testing.assert_allclose(*leaves, atol=1e-3, rtol=0)
+  np.testing.assert_array_equal(leaves[1], state.params['prompt']['embedding'])
+  same = ('method', 'placement', 'length', 'base', 'vocabulary')
+  assert all(prompts[0].metadata[name] == prompts[1].metadata[name] for name in same)
+
+
+def test_the_prompt_alone_trains_and_has_all_of_the_optimizers_state(trained, tiny):
+  _, theirs, state = trained
+  params = param_paths.flatten(state.params)
+  assert int(state.step) == MORE
+  for path, leaf in param_paths.flatten(base_checkpoint.load_base(tiny).params).items():
+    np.testing.assert_array_equal(params.pop(path), leaf, err_msg=path)
+  assert list(params) == ['prompt/embedding']
+  kept = sum(leaf.size for leaf in jax.tree.leaves(state.param_states))
+  assert kept < 2 * params['prompt/embedding'].size
+
+
+def test_best_and_last_prompts_say_what_they_are_and_work_here(trained, tiny):
+  folder = trained[1] / 'prompts'
+  assert {path.name for path in folder.iterdir()} == {'best.safetensors', 'last.safetensors'}
+  best, last = (prompt_file.load(folder / f'{name}.safetensors') for name in ('best', 'last'))
+  assert last.metadata['step'] == MORE and last.metadata['metric'] is None
+  assert best.metadata['metric']['name'] == 'accuracy' and best.metadata['step'] in (10, 20, 24)
+  assert best.metadata['step'] == best.metadata['metric']['step']
+  assert best.metadata['labels'] == ['good', 'bad'] and best.metadata['task'] == 'reviews_in_t5x'
+  base = prompted_base.load(tiny, str(folder / 'best.safetensors'))
+  assert len(base.predictor.score(base.params, [[5, 6, 1]], [[7, 1]])) == 1
+
+
+def test_the_best_is_kept_and_what_was_not_saved_is_not_taken(tmp_path, tiny):
+  method, base = PromptTuning(length=2), t5x_bridge.open_base(tiny)
+  prompts, infos = [], {'infos': 0}
+  for step, loss in ((1, 3.0), (2, 2.0), (3, 2.5), (5, 1.0)):
+    leaf = np.full((2, 8), loss, np.float32)
+    state = {'state': {'step': np.int32(min(step, 4))}, 'target': {
+        'prompt': {'embedding': leaf}, 'decoder': {}}}
+    files = t5x_bridge.PromptFiles(str(tmp_path), method, 'reviews_in_t5x', tiny)
+    assert files(state, infos) == (state, infos)
+    action = t5x_bridge.BestPrompt(str(tmp_path), 'loss')
+    trainer_state = type('State', (), {'step': np.int32(step)})
+    assert not action.run(trainer_state, {'t': {'loss': type('Scalar', (), {'value': loss})}})
+    assert not action.run(trainer_state, {'t': {'accuracy': 1.0}})
+    prompts.append(prompt_file.load(tmp_path / 'prompts' / 'best.safetensors'))
+  assert [prompt.metadata['metric']['value'] for prompt in prompts] == [3.0, 2.0, 2.0, 2.0]
+  assert prompts[-1].params['prompt/embedding'][0, 0] == 2.0
+  assert prompts[-1].metadata['base']['fingerprint'] == base.fingerprint
+
+
+def test_a_missing_leaf_of_the_base_is_an_error(tmp_path, tiny):
+  params = param_paths.flatten(base_checkpoint.load_base(tiny).params)
+  lost = 'encoder/layers_0/mlp/wo/kernel'
+  del params[lost]
+  t5x_legacy.write(tmp_path / 'checkpoint_0', param_paths.unflatten(params))
+  restore = functools.partial(restored, t5x_bridge.model(tiny, PromptTuning(length=2)))
+  with pytest.raises(ValueError, match=f'missing: {lost}'):
+    restore(tmp_path / 'checkpoint_0')
+  params[lost], params['decoder/extra'] = np.zeros((3, 3), np.float32), np.zeros(3, np.float32)
+  t5x_legacy.write(tmp_path / 'checkpoint_1', param_paths.unflatten(params))
+  with pytest.raises(ValueError, match='not known: decoder/extra'):
+    restore(tmp_path / 'checkpoint_1')
+  del params['decoder/extra']
+  t5x_legacy.write(tmp_path / 'checkpoint_2', param_paths.unflatten(params))
+  with pytest.raises(ValueError, match=r'\(3, 3\) does not match expected'):
+    restore(tmp_path / 'checkpoint_2')
+
+
+def restored(model, folder, optimizer=None):
+  """The state that T5X restores of a folder, as `t5x.infer` does without an optimizer."""
+  partitioner = t5x_bridge.Partitioner(1, logical_axis_rules=(
+      *partitioning.standard_logical_axis_rules(), ('prompt', None), ('keys_values', None),
+      ('bottleneck', None)))
+  shapes = {f'{side}_{what}_tokens': (2, 8) for side, what in (
+      ('encoder', 'input'), ('decoder', 'input'), ('decoder', 'target'))}
+  initializer = utils.TrainStateInitializer(optimizer, model.get_initial_variables, shapes,
+                                            partitioner)
+  config = utils.RestoreCheckpointConfig(
+      str(folder), 'specific', strict=False, dtype='float32', fallback_to_scratch=True,
+      state_transformation_fns=[t5x_bridge.from_base])
+  return utils.create_checkpoint_manager_and_restore(
+      initializer, partitioner, config, str(folder), jax.random.PRNGKey(0), use_orbax=True)[0]
+
+
+METHODS = {
+    'prompt': PromptTuning(length=3, placement='infix'), 'prefix': PrefixTuning(2, width=None),
+    'adapters': Adapters(width=2), 'decoder_only_prompt': PromptTuning(length=3)}
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_scores_and_beams_with_a_prompt_of_ours_are_ours(name, tmp_path, tiny, decoder_only):
+  base = decoder_only if name.startswith('decoder_only') else tiny
+  prompt = saved(METHODS[name], base, tmp_path)
+  model = t5x_bridge.model(base, prompt=prompt)
+  state, here = restored(model, t5x_bridge.t5x_folder(base)), prompted_base.load(base, prompt)
+  inputs, targets = [[20, 30, 40, 1], [33, 44, 55, 66, 77, 1]], [[50, 60, 1], [55, 1]]
+  virtual = model.FEATURE_CONVERTER_CLS.keywords['virtual']
+  assert virtual == here.virtual
+  batch = batches.batch_of(inputs, targets, virtual)
+  scores = jax.jit(model.score_batch)(state.params, batch)
+  np.testing.assert_allclose(scores, here.predictor.score(here.params, inputs, targets), atol=1e-5)
+  without = jax.jit(t5x_bridge.model(base).score_batch)(
+      t5x_bridge.split(state.params)[1], batches.batch_of(inputs, targets))
+  assert np.abs(np.asarray(scores) - np.asarray(without)).min() > 1e-3
+
+  beams, size = 3, batch['decoder_input_tokens'].shape[1]
+  found, aux = jax.jit(functools.partial(
+      model.predict_batch_with_aux, num_decodes=beams, return_all_decodes=True))(
+          state.params, batch)
+  tokens, expected = jax.jit(lambda params: prompted_model.beam_search(
+      here.model, params, batch['encoder_input_tokens'], size, beams))(here.params)
+  ended = np.any(np.asarray(tokens) == 1, axis=-1)
+  np.testing.assert_array_equal(np.asarray(found)[:, ::-1], tokens)
+  # T5X leaves the score of a text without an end as it is.
+  expected = np.where(ended, expected, np.asarray(expected) * ((5 + size) / 6) ** 0.6)
+  np.testing.assert_allclose(np.asarray(aux['scores'])[:, ::-1], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('placement', PLACEMENTS)
+def test_the_feature_converter_places_prompts_as_our_batches_do(placement):
+  virtual = VirtualTokens(100, 3, placement)
+  texts = [[5], [5, 6], [5, 6, 7], [5, 6, 7, 8], [5, 6, 7, 8, 1]]
+  features = {key: seqio.Feature(seqio.PassThroughVocabulary(100)) for key in LENGTHS}
+  lengths = {'inputs': 6, 'targets': 2}
+
+  def converted(pack, lengths):
+    import tensorflow as tf
+    rows = tf.data.Dataset.from_generator(
+        lambda: ({'inputs': text, 'targets': [9, 1]} for text in texts),
+        output_signature=dict.fromkeys(features, tf.TensorSpec([None], tf.int32)))
+    converter = t5x_bridge.FeatureConverter(pack=pack, virtual=virtual)
+    return list(converter(rows, lengths).as_numpy_iterator())
+
+  expected = batches.batch_of(texts, [[9, 1]] * len(texts), virtual, batches.Buckets((6,), (2,)))
+  rows = converted(False, lengths)
+  assert len(rows) == len(texts)
+  for i, row in enumerate(rows):
+    for name, array in expected.items():
+      np.testing.assert_array_equal(row[name], array[i], err_msg=name)
+  packed = converted(True, {'inputs': 30, 'targets': 10})
+  assert len(packed) == 1
+  ids, segments = packed[0]['encoder_input_tokens'], packed[0]['encoder_segment_ids']
+  for i, text in enumerate(texts):
+    np.testing.assert_array_equal(ids[segments == i + 1], virtual.place(np.asarray(text)))
+
+
+def test_every_gin_file_parses(monkeypatch):
+  import gin
+  monkeypatch.setattr(gin.config, '_LOCATION_PREFIXES', ['', str(GIN)])
+  verbs = {'eval': 't5x.eval', 'infer': 't5x.infer'}
+  for path in sorted((GIN / 't5x').glob('*.gin')):
+    main = importlib.import_module(verbs.get(path.stem, 't5x.train'))
+    monkeypatch.setitem(sys.modules, '__main__', main)
+    gin.clear_config()
+    gin.parse_config_file(str(path))
+  gin.clear_config()
+
+
+def test_what_does_not_fit_is_told(tiny, decoder_only, test_assets):
+  with pytest.raises(ValueError, match='Lora changes weights of the base'):
+    t5x_bridge.model(tiny, Lora())
+  with pytest.raises(ValueError, match='MultitaskPrompts changes weights of the base or is of sev'):
+    t5x_bridge.model(tiny, MultitaskPrompts())
+  with pytest.raises(ValueError, match='brings no vocabulary'):
+    t5x_bridge.model(str(test_assets / 'prompt_tuning/test_data/test_t5_1_1_tiny/checkpoint_3'))
+  with pytest.raises(ValueError, match='There is no task'):
+    t5x_bridge.task('sst22', tiny)
+  with pytest.raises(ValueError, match='TRAIN_STEPS counts those of'):
+    t5x_bridge.own_steps(7, decoder_only)
+  assert t5x_bridge.own_steps(10, decoder_only) == 3 and t5x_bridge.own_steps(10, tiny) == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['prompt_tuning', 'prefix_tuning'])
+def test_commands_on_eight_devices(method, tmp_path, tiny, reviews, surroundings):
+  """`t5x.train`, then `t5x.infer` and our `score` with what it trained."""
+  flags = [f'--gin_search_paths={GIN}', f'--gin.TASK_FEATURE_LENGTHS={LENGTHS}',
+           "--gin.MIXTURE_OR_TASK_NAME='reviews_in_t5x'", "--gin.TASK_MODULES=('reviews_task',)",
+           '--gin.BATCH_SIZE=8', '--gin.MODEL_PARALLELISM=2']
+  environment = {
+      **os.environ, 'PYTHONPATH': os.pathsep.join([str(surroundings), *SOURCES]),
+      'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'TF_CPP_MIN_LOG_LEVEL': '3'}
+
+  def called(module, *argv):
+    done = subprocess.run([sys.executable, '-m', module, *argv], env=environment, text=True,
+                          capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+  called('t5x.train', f'--gin_file=t5x/{method}.gin', *flags, '--gin.TRAIN_STEPS=4',
+         '--gin.EVAL_PERIOD=2', '--gin.EVAL_STEPS=1', '--gin.PROMPT_LENGTH=4',
+         f"--gin.INITIAL_CHECKPOINT_PATH='{tiny}'", f"--gin.MODEL_DIR='{tmp_path}/model'")
+  prompt = f'{tmp_path}/model/prompts/last.safetensors'
+  called('t5x.infer', '--gin_file=t5x/infer.gin', *flags, "--gin.MODE='score'",
+         f"--gin.CHECKPOINT_PATH='{tiny}'", f"--gin.PROMPT='{prompt}'",
+         f"--gin.INFER_OUTPUT_DIR='{tmp_path}/scores'")
+  rows = [json.loads(line) for line in reviews.read_text().splitlines()][:20]
+  (tmp_path / 'rows.jsonl').write_text(''.join(
+      json.dumps({'inputs': row['text'], 'targets': row['label']}) + '\n' for row in rows))
+  called('prompt_tuning_jax.score', f'--base={tiny}', f'--prompt={prompt}',
+         f'--input={tmp_path}/rows.jsonl', f'--output={tmp_path}/ours.jsonl')
+  values = lambda path, name: [json.loads(line)[name] for line in path.read_text().splitlines()]
+  theirs, = (tmp_path / 'scores').glob('reviews_in_t5x-score.jsonl*-of-*[0-9]')
+  np.testing.assert_allclose(values(theirs, 'score'),
+                             values(tmp_path / 'ours.jsonl', 'log_likelihood'), atol=1e-5)
