@@ -92,9 +92,8 @@ def _target(prompted, place: str, row: dict[str, Any], labels: Sequence[str]) ->
   ids = prompted.tokens(place, row, 'target').tolist()
   if row.get('target_tokens') is None:
     return row['targets'].strip()
-  end = [prompted.vocabulary.eos_id]
   for label in labels:
-    if prompted.vocabulary.encode(label) + end == ids:
+    if prompted.vocabulary.framed(prompted.vocabulary.encode(label), 'targets') == ids:
       return label
   return prompted.vocabulary.decode(ids).strip()
 

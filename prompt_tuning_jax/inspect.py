@@ -98,8 +98,9 @@ def attention(flags, prompted) -> dict | None:
     rows = [(place, {'targets': answer} if 'targets' not in row and 'target_tokens' not in row
              else row) for (place, row), answer in zip(rows, answers, strict=True)]
   targets = [prompted.tokens(place, row, 'target', flags.max_decode_length) for place, row in rows]
-  predictor.check_positions(prompted.model.network.config,
-                            length + max(map(len, inputs)) + max(map(len, targets)))
+  config = prompted.model.network.config
+  predictor.check_positions(config, [length + len(ids) for ids in inputs], list(map(len, targets)))
+  predictor.check_masks(config, inputs, map(len, targets))
   measure = jax.jit(functools.partial(attention_mass.of_batch, prompted.model, length))
   masses = [measure(params, batches.batch_of(inputs[i:i + flags.batch_size],
                                              targets[i:i + flags.batch_size], prompted.virtual))

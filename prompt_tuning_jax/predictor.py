@@ -8,7 +8,7 @@ have a prompt of its own, and one batch holds many.
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -88,15 +88,37 @@ class Generated:
   score: float
 
 
-def check_positions(config: Any, longest: int) -> None:
+def check_positions(config: Any, inputs: Sequence[int], targets: Sequence[int]) -> None:
   """Raises ValueError where a network with learned positions has too few for an example.
 
-  `longest` counts its input, prompt and target; the last target token is never read.
+  Args:
+    inputs: the tokens of each example's input, its prompt included.
+    targets: those of its target.
   """
-  if config.max_positions is not None and longest - 1 > config.max_positions:
+  if config.max_positions is None:
+    return
+  longest = max(map(config.positions_of, inputs, targets), default=0)
+  if longest > config.max_positions:
     raise ValueError(f'The network has {config.max_positions} positions, but an input with its '
-                     f'prompt and target takes up to {longest - 1}: lower the most tokens of '
+                     f'prompt and target takes up to {longest}: lower the most tokens of '
                      'inputs or targets, or the length of the prompt.')
+
+
+def check_masks(config: Any, inputs: Iterable[Tokens], targets: Iterable[int]) -> None:
+  """Raises ValueError where a masked language model is to fill in more than there are masks for.
+
+  Args:
+    inputs: the ids of each example's input.
+    targets: the tokens of its target, its end included, which needs no mask.
+  """
+  if not hasattr(config, 'mask_id'):
+    return
+  for ids, target in zip(inputs, targets, strict=True):
+    masks = int(np.sum(np.asarray(ids) == config.mask_id))
+    if masks < target - 1:
+      raise ValueError(f'An input has {masks} masks, but its target or a label has {target - 1} '
+                       'tokens: write a mask for each into the input (a template such as '
+                       "'{text} It was [MASK].').")
 
 
 class Predictor:
@@ -140,6 +162,7 @@ class Predictor:
                                 batches.Buckets().targets)
     longest = max((len(tokens) for row in ids for tokens in row), default=0)
     self._check_positions(inputs, [longest] * len(inputs), slots)
+    check_masks(self._config, inputs, (max(map(len, row), default=0) for row in ids))
 
     def run(rows, batch, added):
       put = self._partitioner.put_batch(
@@ -153,7 +176,8 @@ class Predictor:
   def prior(self, untuned: PyTree, choices: Sequence[str]) -> np.ndarray:
     """log p(choice | no text) in nats of the base alone, whose parameters these are: [C]."""
     candidates = self.choice_ids([choices])
-    tokens = [[self._vocabulary.eos_id]] * self._batch_size
+    tokens = [self._vocabulary.framed([], 'inputs')] * self._batch_size
+    check_masks(self._config, tokens[:1], [max(map(len, candidates[0]))])
     batch = {**batches.batch_of(tokens, [NO_TARGET] * self._batch_size),
              **batches.side_by_side(candidates * self._batch_size, sum(map(len, candidates[0])))}
     put = self._partitioner.put_batch(batch)
@@ -164,7 +188,7 @@ class Predictor:
   def choice_ids(self, choices: Sequence[Sequence[str]]) -> list[list[list[int]]]:
     """The ids of each choice, end-of-sequence id included."""
     encode = functools.lru_cache(maxsize=None)(
-        lambda text: [*self._vocabulary.encode(text), self._vocabulary.eos_id])
+        lambda text: self._vocabulary.framed(self._vocabulary.encode(text), 'targets'))
     return [[encode(text) for text in row] for row in choices]
 
   def generate(self, params: PyTree, inputs: Sequence[Tokens],
@@ -225,6 +249,7 @@ class Predictor:
             slots: Sequence[Slot] | None = None) -> np.ndarray:
     """log p(target | input) in nats, summed over the target's tokens: [n] float32."""
     self._check_positions(inputs, list(map(len, targets)), slots)
+    check_masks(self._config, inputs, map(len, targets))
     run = lambda _, batch, added: self._score(params, self._partitioner.put_batch(batch),
                                               added=added)
     return np.array(self._run(inputs, run, targets, slots), np.float32)
@@ -239,8 +264,8 @@ class Predictor:
 
   def _check_positions(self, inputs: Sequence[Tokens], targets: Sequence[int],
                        slots: Sequence[Slot] | None) -> None:
-    check_positions(self._config, max(
-        (self._length(inputs, slots, i) + length for i, length in enumerate(targets)), default=0))
+    check_positions(self._config, [self._length(inputs, slots, i) for i in range(len(inputs))],
+                    targets)
 
   def _run(self, inputs: Sequence[Tokens], run: Callable[[list[int], Batch, Added | None], PyTree],
            targets: Sequence[Tokens] | None = None,

@@ -93,9 +93,8 @@ class PromptedBase:
     if not isinstance(text, str):
       raise ValueError(f'{place}: expected text in "{name}s" or ids in "{name}_tokens", got the '
                        f'fields {sorted(row)}.')
-    ids = self.vocabulary.encode(text)
-    kept = ids if max_length is None else ids[:max_length - 1]
-    return np.asarray([*kept, self.vocabulary.eos_id], np.int32)
+    ids = self.vocabulary.framed(self.vocabulary.encode(text), f'{name}s', max_length)
+    return np.asarray(ids, np.int32)
 
 
 def load(base: str, prompt: str | None = None, *, prompts: str | Mapping[str, str] | None = None,

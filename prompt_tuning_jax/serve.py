@@ -102,7 +102,7 @@ def engine(flags):
                      '--vocabulary.')
   watched = PromptFolder(folder, files, reserved=base.name)
   bank = PromptBank(base)
-  changes = watched.changes(bank, settings.longest)
+  changes = watched.changes(bank, settings.max_input_length, settings.max_decode_length)
   for name, path in files.items():
     if why := changes.refused.get(name):
       raise ValueError(why if path in why else f'{path}: {why}')

@@ -150,6 +150,9 @@ class TokenizerFile:
               'do_lower_case': bool(normalizer.get('lowercase', True))}
     if self.begins:
       special = {name: token for name, token in BART.items() if token in self.ids}
+      if 'mask_token' in special:
+        mask, = _special_tokens(self.ids, [special['mask_token']])
+        special['mask_token'] = {'__type': 'AddedToken', **mask}
       return {'tokenizer_class': 'BartTokenizer', 'add_prefix_space': False, **special,
               'cls_token': BART['bos_token'], 'sep_token': BART['eos_token']}
     return {'tokenizer_class': 'GPT2Tokenizer', 'add_prefix_space': True,

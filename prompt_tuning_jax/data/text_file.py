@@ -105,11 +105,12 @@ class TextFile:
       sources, targets = zip(*texts, strict=True)
       for source, target, *ids in zip(sources, targets, vocabulary.encode_many(sources),
                                       vocabulary.encode_many(targets), strict=True):
-        for feature, tokens in zip(num_cut, ids, strict=True):
-          num_cut[feature] += len(tokens) >= lengths[feature]
-          tokens[lengths[feature] - 1:] = [vocabulary.eos_id]
+        framed = [vocabulary.framed(tokens, feature, lengths[feature])
+                  for feature, tokens in zip(num_cut, ids, strict=True)]
+        for feature, tokens, whole in zip(num_cut, framed, ids, strict=True):
+          num_cut[feature] += len(tokens) < len(vocabulary.framed(whole, feature))
         row = {'inputs': source, 'targets': target, 'target': target}
-        writer.add(*ids, {**row, 'choices': choices} if choices else row)
+        writer.add(*framed, {**row, 'choices': choices} if choices else row)
 
     waiting = []
     for i, (place, source, target) in enumerate(self._examples(path)):
@@ -320,7 +321,7 @@ def _label_map(labels: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
 def _check_labels(labels: Sequence[str], vocabulary, length: int) -> None:
   tokens = {label: tuple(vocabulary.encode(label)) for label in labels}
   for label, ids in tokens.items():
-    if not ids or len(ids) >= length:
+    if not ids or len(vocabulary.framed(ids, 'targets')) > length:
       raise ValueError(f'The label {label!r} has {len(ids)} tokens and an end, but '
                        f'TASK_FEATURE_LENGTHS lets targets have {length} tokens.')
   if len(set(tokens.values())) < len(labels):

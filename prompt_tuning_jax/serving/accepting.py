@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from prompt_tuning_jax.data.vocabulary import Vocabulary
+from prompt_tuning_jax.predictor import check_masks
 from prompt_tuning_jax.prompt_bank import PromptBank, Slot
 from prompt_tuning_jax.serving.batching import GENERATE, Row
 from prompt_tuning_jax.serving.programs import Programs, most_labels
@@ -63,7 +64,7 @@ class Acceptance:
       ids = self.vocabulary.encode(inputs)
       if not ids:
         raise BadRequest('The input is empty: send some text.')
-      ids = [*ids, self.vocabulary.eos_id]
+      ids = self.vocabulary.framed(ids, 'inputs')
     else:
       ids = list(inputs)
       if not ids:
@@ -98,7 +99,8 @@ class Acceptance:
 
   @functools.lru_cache(maxsize=256)  # noqa: B019 there is one for as long as the server runs
   def _label_ids(self, labels: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-    return tuple((*self.vocabulary.encode(label), self.vocabulary.eos_id) for label in labels)
+    return tuple(tuple(self.vocabulary.framed(self.vocabulary.encode(label), 'targets'))
+                 for label in labels)
 
   def _slot(self, name: str, bank: PromptBank) -> Slot:
     if name == self.base_name:
@@ -120,8 +122,9 @@ class Acceptance:
     if width is None:
       raise TooLong(f'The input has {len(ids)} tokens and its prompt {slot.length}; this server '
                     f'reads up to {programs.shapes.widths[-1]} together: shorten the input.')
-    positions = common['served'].bank.base.config.max_positions
-    if positions is not None and len(tokens) + target - 1 > positions:
+    config = common['served'].bank.base.config
+    positions = config.max_positions
+    if positions is not None and config.positions_of(len(tokens), target) > positions:
       raise TooLong(f'The input has {len(ids)} tokens, its prompt {slot.length}, and up to '
                     f'{target} follow; the network has {positions} positions: shorten the input.')
     return {'tokens': tokens, 'width': width}
@@ -148,7 +151,8 @@ class Acceptance:
   def _classes(self, request: Classification, ids: list[int],
                common: dict[str, Any]) -> list[Row]:
     """One row and, to calibrate it with, another: the base alone, without a text."""
-    eos, shapes = self.vocabulary.eos_id, common['served'].programs.shapes
+    empty = self.vocabulary.framed([], 'inputs')
+    shapes = common['served'].programs.shapes
     labels = self._label_ids(self.labels(request, common['served']))
     kind = shapes.label_width(labels)
     if kind is None:
@@ -158,7 +162,12 @@ class Acceptance:
                     f'{most_labels(widest)} labels of {widest} tokens together.', param='labels')
     texts = [(ids, common)]
     if request.calibrated:
-      texts.append(([eos], {**common, 'slot': Slot()}))
+      texts.append((empty, {**common, 'slot': Slot()}))
     longest = max(map(len, labels))
+    try:
+      check_masks(common['served'].bank.base.config, [text for text, _ in texts],
+                  [longest] * len(texts))
+    except ValueError as error:
+      raise BadRequest(str(error)) from None
     return [Row(index=index, kind=kind, labels=labels, **given,
                 **self._placed(text, longest, given)) for index, (text, given) in enumerate(texts)]

@@ -88,11 +88,6 @@ class EngineSettings:
         raise ValueError(f'{name} must be 0 or more, got {getattr(self, name)}.')
     self.shapes(0)
 
-  @property
-  def longest(self) -> int:
-    """Most tokens of a text and what is written after it."""
-    return self.max_input_length + self.max_decode_length
-
   def shapes(self, longest_prompt: int) -> Shapes:
     """The static shapes for prompts of up to such a length, and some longer ones."""
     room = 1 << (longest_prompt - 1).bit_length() if longest_prompt else 0
@@ -113,7 +108,8 @@ class Engine:
     self._model, self._params, self._vocabulary = model, params, vocabulary
     self._settings, self._folder = settings, folder
     self._bank = dataclasses.replace(bank, room=max(bank.room, settings.room))
-    check_positions(bank.base.config, settings.longest + bank.longest)
+    check_positions(bank.base.config, [settings.max_input_length + bank.longest],
+                    [settings.max_decode_length])
     self._accepts = Acceptance(vocabulary, bank.base.name, settings.max_input_length)
     self._served: Served | None = None
     self._longest = 0  # of the prompts so far
@@ -229,7 +225,8 @@ class Engine:
       bank = self._served.bank if self._served else self._bank
       added, removed, refused = [], [], {}
       if self._folder is not None:
-        changes = self._folder.changes(bank, self._settings.longest)
+        changes = self._folder.changes(bank, self._settings.max_input_length,
+                                       self._settings.max_decode_length)
         added, removed, refused = sorted(changes.added), sorted(changes.removed), changes.refused
         bank = bank.replaced(changes.added, removed) if added or removed else bank
         # Room that there was stays: programs are compiled for it.

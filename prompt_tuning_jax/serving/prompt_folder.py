@@ -55,11 +55,11 @@ class PromptFolder:
     """When a file was last changed, in seconds since 1970; 0 if there is none."""
     return int(self._seen[name].modified) if name in self._seen else 0
 
-  def changes(self, bank: PromptBank, longest: int) -> Changes:
+  def changes(self, bank: PromptBank, inputs: int, targets: int = 1) -> Changes:
     """What to do to `bank` to have what is there now.
 
     Args:
-      longest: tokens that an example may have without its prompt, its text or labels included.
+      inputs, targets: tokens that a text may have, and what is written after it.
     """
     try:
       found, refused = self._scan()
@@ -72,7 +72,8 @@ class PromptFolder:
       try:
         files[name] = _read(stamp)
         bank.check(name, files[name])
-        check_positions(bank.base.config, longest + (files[name].metadata.get('length') or 0))
+        length = files[name].metadata.get('length') or 0
+        check_positions(bank.base.config, [inputs + length], [targets])
       except Exception as error:  # noqa: BLE001 a file is never a reason to stop serving
         files.pop(name, None)
         refused[name] = _one_line(name, error)

@@ -203,8 +203,10 @@ def _checked(tasks: mixture.Mixture) -> mixture.Mixture:
 def _check_positions(config: Any, caches: Sequence[TokenCache], virtual: Sequence[Any]) -> None:
   """Raises ValueError where an example is too long for a network with learned positions."""
   for cache, prompt in zip(caches, virtual, strict=True):
-    row = cache.input_lengths + cache.target_lengths + (prompt.length if prompt else 0)
-    predictor.check_positions(config, int(row.max()))
+    inputs = cache.input_lengths + (prompt.length if prompt else 0)
+    predictor.check_positions(config, inputs.tolist(), cache.target_lengths.tolist())
+    predictor.check_masks(config, map(cache.inputs, range(cache.num_examples)),
+                          cache.target_lengths.tolist())
 
 
 def _source(batching: Callable, tasks: mixture.Mixture, caches: list[TokenCache], batch_size: int,

@@ -117,6 +117,7 @@ def with_prompt(model, prompt, text):
   return torch.cat([words[:1], prompt, words[1:]])
 
 
+@pytest.mark.slow
 def test_gradients_of_a_prompt_are_those_of_torch(model, base):
   """It stands behind the first token, <s> say."""
   prompt = torch.tensor(RNG.normal(size=(P, D)), dtype=torch.float32, requires_grad=True)

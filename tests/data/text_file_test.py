@@ -173,7 +173,8 @@ def test_labels_must_fit_and_differ(tmp_path):
   with pytest.raises(ValueError, match="'good' has 4 tokens and an end, but .* have 4 tokens"):
     build(TextFile(path), tmp_path, lengths={'inputs': 64, 'targets': 4})
   unknown = type('Unknown', (), {'encode': lambda _, text: [3, 2], 'eos_id': 1, 'sha256': 'x',
-                                 'extra_ids': 0})()
+                                 'extra_ids': 0,
+                                 'framed': lambda _, ids, feature: [*ids, 1]})()
   with pytest.raises(ValueError, match='two of the labels'):
     build(TextFile(path), tmp_path, vocabulary=unknown)
 

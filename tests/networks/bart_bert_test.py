@@ -30,6 +30,9 @@ LABELS = [np.array([11, 12, END]), np.array([13, END]), np.array([14, END])]
 ROWS = RNG.normal(size=(L, 5, D)).astype(np.float32)  # a prompt of 3 and one of 2
 
 both = pytest.mark.parametrize('kind', CONFIGS)
+# BART's takes long, and its parts are T5's, where the fast tests have it.
+slow_for_bart = pytest.mark.parametrize('kind', [
+    pytest.param('bart', marks=pytest.mark.slow), 'bert'])
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +107,7 @@ def test_a_mixed_batch_is_each_example_alone_and_padding_does_not_matter(kind):
   assert all(np.ptp(row[0]) > 1 for row in mixed)
 
 
-@both
+@slow_for_bart
 def test_nothing_added_changes_nothing(kind):
   run, batch, cfg = logits_of(kind), make_batch(TEXTS, LABELS), CONFIGS[kind]
   empty = Added(ROWS[0, :0], Prefix(**{place: np.zeros((L, 2, 1, 0, N, H), np.float32)
@@ -139,7 +142,7 @@ def test_packed_examples_are_each_what_they_are_alone(kind):
     assert np.abs(alone[1]['prefix'][place]).max((2, 3, 4, 5)).min() > 0
 
 
-@both
+@slow_for_bart
 def test_candidates_score_as_each_pair_alone(kind):
   model, texts = PromptedModel(CONFIGS[kind].network()), PLACED
   rows = [[np.array([11, 12, END]), np.array([13, END])], [np.array([14, END])] * 2,
