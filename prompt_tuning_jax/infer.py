@@ -15,7 +15,8 @@ def infer(flags, prompted) -> None:
   from prompt_tuning_jax import jsonl
   if (flags.length_normalized or flags.calibrated or flags.labels) and not flags.rank:
     raise ValueError('--labels, --length_normalized and --calibrated belong to --rank.')
-  if flags.rank and verb.decoding(flags) != verb.decoding(None):
+  if flags.rank and (verb.decoding(flags) != verb.decoding(None) or flags.attribute
+                     or flags.against or flags.toward):
     raise ValueError('--rank generates no text: --num_beams, --temperature and other flags of '
                      'generation do not belong to it.')
   answer = _ranking(flags, prompted) if flags.rank else _generating(flags, prompted)
@@ -26,19 +27,44 @@ def infer(flags, prompted) -> None:
 
 def _generating(flags, prompted) -> Callable[[list], list[dict]]:
   """The function of a part of the rows that generates their texts."""
-  decoding = verb.decoding(flags)
+  decoding, control = verb.decoding(flags), _control(flags, prompted)
 
   def answer(part):
     inputs = [prompted.tokens(place, row, 'input', flags.max_input_length) for place, row in part]
     numbers = [int(place.rpartition(' ')[2]) for place, _ in part]  # 'FILE, line N'
-    found = prompted.predictor.generate_with(prompted.params, inputs, decoding,
-                                             prompted.slots(part), numbers)
+    if flags.attribute:  # A row that names no prompt has the base alone.
+      slots = [prompted.bank.slot(prompted.name(place, row) if 'prompt' in row else None)
+               for place, row in part]
+    else:
+      slots = prompted.slots(part)
+    found = prompted.predictor.generate_with(prompted.params, inputs, decoding, slots, numbers,
+                                             control)
     if decoding.num_samples == 1:
       return [{'prediction': texts[0].text} for texts in found]
     return [{'prediction': texts[0].text, 'predictions': [each.text for each in texts],
              'scores': [each.score for each in texts]} for texts in found]
 
   return answer
+
+
+def _control(flags, prompted):
+  """What the flags of control say, or None."""
+  from prompt_tuning_jax import controlled
+  if flags.toward and (flags.attribute or flags.against):
+    raise ValueError('Give --attribute (prompts re-weight the next token) or --toward (activations '
+                     'move), not both.')
+  if flags.toward:
+    return controlled.Perturbed(controlled.bag(prompted.vocabulary, flags.toward), flags.step_size,
+                                flags.iterations)
+  if not flags.attribute:
+    if flags.against:
+      raise ValueError('--against belongs to --attribute.')
+    return None
+  if prompted.bank is None:
+    raise ValueError('--attribute and --against name prompts of a folder: give --prompts=FOLDER.')
+  slot = lambda name: prompted.bank.slot(prompted.name('--attribute, --against', {'prompt': name}))
+  return controlled.Weighted(slot(flags.attribute), flags.weight,
+                             slot(flags.against) if flags.against else None)
 
 
 def _ranking(flags, prompted) -> Callable[[list], list[dict]]:
@@ -82,7 +108,22 @@ def main(argv: list[str]) -> int:
                     help='rank by the mean log-likelihood of a token, not by the sum')
   made.add_argument('--calibrated', action='store_true',
                     help='take off what the base alone gives a label without any text')
-  return verb.run(verb.file_flags(made), argv, infer)
+  return verb.run(verb.file_flags(_control_flags(made)), argv, infer)
+
+
+def _control_flags(made):
+  """The flags of control while text is generated (`controlled`)."""
+  add = made.add_argument
+  add('--attribute', metavar='NAME', help='a prompt of --prompts that re-weights the next token: '
+      'log p + WEIGHT (log p of NAME - log p of --against)')
+  add('--against', metavar='NAME', help="another of them (default: the row's own prompt)")
+  add('--weight', type=float, default=1.0, metavar='WEIGHT', help='of --attribute (default 1)')
+  add('--toward', nargs='+', metavar='WORD',
+      help='move activations so that these words become more probable (PPLM)')
+  add('--step_size', type=float, default=0.05, metavar='SHARE',
+      help="of --toward: a step's share of the activations' length (default 0.05)")
+  add('--iterations', type=int, default=3, metavar='N', help='steps before a token (default 3)')
+  return made
 
 
 if __name__ == '__main__':

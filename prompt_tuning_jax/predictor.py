@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from prompt_tuning_jax import prompted_model
+from prompt_tuning_jax import controlled, prompted_model
+from prompt_tuning_jax.controlled import Perturbed, Weighted
 from prompt_tuning_jax.data import batches
 from prompt_tuning_jax.data.vocabulary import Vocabulary
 from prompt_tuning_jax.decoding import beam_search, stop_strings, token_choice
@@ -143,6 +144,8 @@ class Predictor:
     self._score = jit(prompted_model.log_likelihood)
     self._generate = jit(prompted_model.generate, 'max_length', 'repeats')
     self._beams = jit(prompted_model.beam_search, 'max_length', 'num_beams')
+    self._weighted = jit(controlled.generate_weighted, 'max_length', 'repeats')
+    self._perturbed = jit(controlled.generate_perturbed, 'max_length', 'repeats', 'iterations')
 
   def placing(self, virtual: VirtualTokens | None) -> 'Predictor':
     """The same predictor, nothing compiled anew, with another prompt's ids in the inputs."""
@@ -199,26 +202,52 @@ class Predictor:
 
   def generate_with(self, params: PyTree, inputs: Sequence[Tokens], decoding: DecodingSettings,
                     slots: Sequence[Slot] | None = None,
-                    numbers: Sequence[int] | None = None) -> list[list[Generated]]:
-    """`decoding.num_samples` texts of each input.
+                    numbers: Sequence[int] | None = None,
+                    control: Weighted | Perturbed | None = None) -> list[list[Generated]]:
+    """`decoding.num_samples` texts of each input, with `control` of what they are like.
 
     What is drawn for an input depends on `decoding.seed` and its number (default: its index), not
-    on the others.
+    on the others. Weighted decoding is of inputs with slots.
     """
+    if control and decoding.num_beams > 1:
+      raise ValueError('Control is of tokens that are drawn or the best one: leave out num_beams.')
     self._check_positions(inputs, [self._max_decode_length] * len(inputs), slots)
     numbers = range(len(inputs)) if numbers is None else numbers
     search = self._search if decoding.num_beams > 1 else self._draw
 
     def run(rows, batch, added):
+      of_rows = [numbers[i] for i in rows]
+      if isinstance(control, Weighted):
+        batch, added = self._members(control, [inputs[i] for i in rows], [slots[i] for i in rows])
       tokens = self._partitioner.put_batch(batch)['encoder_input_tokens']
-      return search(params, tokens, added, decoding, [numbers[i] for i in rows])
+      if control:
+        return self._draw(params, tokens, added, decoding, of_rows, self._controlled(control))
+      return search(params, tokens, added, decoding, of_rows)
 
     beside = max(decoding.num_samples, decoding.num_beams)  # rows of each input
+    beside *= len(control.weights) if isinstance(control, Weighted) else 1
     return [[Generated(stop_strings.cut(self._vocabulary.decode(tokens), decoding.stop)[0],
                        float(score)) for tokens, score in zip(*found, strict=True)]
             for found in self._run(inputs, run, slots=slots, beside=beside)]
 
-  def _draw(self, params, tokens, added, decoding: DecodingSettings, numbers: Sequence[int]):
+  def _members(self, control: Weighted, inputs: Sequence[Tokens],
+               slots: Sequence[Slot]) -> tuple[Batch, Added]:
+    """The mixed batch in which every example stands with each of its prompts."""
+    members = [(ids, slot) for ids, own in zip(inputs, slots, strict=True)
+               for slot in control.slots(own)]
+    batch = batches.batch_of([ids for ids, _ in members], [NO_TARGET] * len(members),
+                             [slot.virtual for _, slot in members])
+    return batch, self._bank.added([slot for _, slot in members])
+
+  def _controlled(self, control: Weighted | Perturbed) -> Callable:
+    """What takes the place of `prompted_model.generate`."""
+    if isinstance(control, Weighted):
+      return functools.partial(self._weighted, weights=control.weights)
+    words = np.asarray(control.words, np.int32)
+    return functools.partial(self._perturbed, **{**vars(control), 'words': words})
+
+  def _draw(self, params, tokens, added, decoding: DecodingSettings, numbers: Sequence[int],
+            generate: Callable | None = None):
     """([B, samples, max_length], [B, samples])."""
     rows, repeats = len(numbers) * decoding.num_samples, decoding.num_samples
     choose, stops = token_choice.Greedy(), None
@@ -233,9 +262,9 @@ class Predictor:
       stops = stop_strings.of_rows([decoding.stop] * len(numbers),
                                    *self._vocabulary.bytes_of_ids(),
                                    self._vocabulary.leading_spaces)
-    found = self._generate(params, tokens, max_length=self._max_decode_length, choose=choose,
-                           eos_id=self._vocabulary.eos_id, added=added, repeats=repeats,
-                           stops=stops)
+    found = (generate or self._generate)(
+        params, tokens, max_length=self._max_decode_length, choose=choose,
+        eos_id=self._vocabulary.eos_id, added=added, repeats=repeats, stops=stops)
     return jax.tree.map(lambda x: x.reshape(-1, repeats, *x.shape[1:]), found)
 
   def _search(self, params, tokens, added, decoding: DecodingSettings, numbers: Sequence[int]):

@@ -213,13 +213,13 @@ def start_decoding(model: PromptedModel, params: PyTree, encoder_input_tokens: A
   return Decoding(encoded, inputs, kept, state, repeats)
 
 
-def _next_logits(model: PromptedModel, params: PyTree, decoding: Decoding,
+def next_logits(model: PromptedModel, params: PyTree, decoding: Decoding,
                  added: Added | None) -> sample.NextLogits:
   """The function (cache, tokens [B * repeats]) -> (logits [B * repeats, V], cache)."""
   added = None if added is None else added.repeated(decoding.repeats)
   frozen = {**variables_of(params, added), **decoding.kept}
 
-  def next_logits(cache, tokens):
+  def of_tokens(cache, tokens):
     outputs, updated = model.apply(
         {**frozen, 'cache': cache}, decoding.encoded, decoding.inputs, tokens[:, None],
         tokens[:, None], enable_dropout=False, decode=True,
@@ -227,7 +227,7 @@ def _next_logits(model: PromptedModel, params: PyTree, decoding: Decoding,
         method='decode')
     return outputs[:, 0], updated['cache']
 
-  return next_logits
+  return of_tokens
 
 
 def continue_decoding(model: PromptedModel, params: PyTree, decoding: Decoding,
@@ -241,7 +241,7 @@ def continue_decoding(model: PromptedModel, params: PyTree, decoding: Decoding,
     limits: [B * repeats] int32, the most tokens of each row.
     added: of each of the B examples, as it was at the start.
   """
-  state = sample.advance(_next_logits(model, params, decoding, added), decoding.state, choose,
+  state = sample.advance(next_logits(model, params, decoding, added), decoding.state, choose,
                          limits, steps, eos_id)
   return decoding.replace(state=state)
 
@@ -281,6 +281,6 @@ def beam_search(model: PromptedModel, params: PyTree, encoder_input_tokens: Arra
   """
   decoding = start_decoding(model, params, encoder_input_tokens, max_length, added, num_beams)
   return beams.beam_search(
-      _next_logits(model, params, decoding, added), decoding.state.cache,
+      next_logits(model, params, decoding, added), decoding.state.cache,
       len(encoder_input_tokens), max_length, num_beams, penalty, limits, eos_id, early_stopping,
       layer_stack.take_rows)

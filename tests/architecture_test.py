@@ -19,6 +19,7 @@ FLOORS = (
      'ranking'},
     {'prompted_model', 'methods', 'data', 'checkpoints'},
     {'prompt_bank', 'jsonl'},
+    {'controlled'},
     {'predictor', 'analysis', 'steering'},
     {'training', 'prompted_base', 'serving', 't5x_bridge'},
     {'launch'},
