@@ -13,8 +13,6 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import real_sentences
-
 from prompt_tuning_jax import __version__, many_runs, param_paths, prompted_base
 from prompt_tuning_jax.checkpoints import base_checkpoint
 from prompt_tuning_jax.checkpoints.atomic_write import atomic_file
@@ -158,8 +156,8 @@ def _measured(arm: Arm, seed: int, output: pathlib.Path, measure: Mapping[str, A
               ) -> float | None:
   """The score of a run's best on something else; kept beside it. None where it diverged.
 
-  measure: 'task' and 'split', or 'rows' = 'real_sentences'; 'lengths'; 'count' examples; 'metric',
-  if not the task's first.
+  measure: 'task', 'split', 'lengths', 'count' of examples; 'modules' and 'metric', if not ours and
+  not the task's first.
   """
   folder = arm.folder(output, seed)
   record, key = _read(folder), json.dumps(measure, sort_keys=True)
@@ -171,7 +169,8 @@ def _measured(arm: Arm, seed: int, output: pathlib.Path, measure: Mapping[str, A
     prompted = prompted_base.load(
         str(model), None if kept.is_dir() else str(kept),
         max_decode_length=measure['lengths']['targets'])
-    task = _task(measure, output, prompted.vocabulary)
+    task = SeqioTask(measure['task'], tuple(measure.get('modules', ())),
+                     eval_split=measure['split'])
     cache = token_cache.open_or_build(task, task.eval_split, prompted.vocabulary,
                                       measure['lengths'])
     evaluator = evaluate.Evaluator(prompted.predictor, cache, measure.get('metric'),
@@ -179,12 +178,6 @@ def _measured(arm: Arm, seed: int, output: pathlib.Path, measure: Mapping[str, A
     record['measures'][key] = evaluator(prompted.params).value
     _write(folder, record)
   return record['measures'][key]
-
-
-def _task(measure: Mapping[str, Any], output: pathlib.Path, vocabulary: Any) -> Any:
-  if measure.get('rows') == 'real_sentences':
-    return real_sentences.task(output, vocabulary)
-  return SeqioTask(measure['task'], eval_split=measure['split'])
 
 
 def _ensemble(arm: Arm, seeds: Sequence[int], output: pathlib.Path) -> dict[str, Any]:
