@@ -13,7 +13,7 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import clu.data
@@ -90,13 +90,13 @@ def own_steps(train_steps: int, base: str) -> int:
 
 
 def task(name: str, base: str, network: Any = None, vocabulary: str | None = None,
-         modules: Sequence[str] = ()) -> str:
-  """Registers our tasks and `modules`; the task or mixture gets the base's vocabulary.
+         module: str | None = None) -> str:
+  """Registers our tasks and those of `module`; this task or mixture gets the base's vocabulary.
 
   Returns its name; raises ValueError for a name, module or data that is not there.
   """
   words = words_of(open_base(base, network, vocabulary)).as_seqio()
-  asked = SeqioTask(name, modules)
+  asked = SeqioTask(name, (module,) if module else ())
   asked.key_parts(asked.train_split)
   seqio_builder.import_tasks(asked.modules)
   for each in seqio.get_subtasks(seqio_builder.find(name)):
@@ -286,7 +286,7 @@ def from_base(stored: PyTree, state: PyTree, *, is_resuming: bool = False) -> Py
       ('missing', wanted - have), ('not known', have - wanted)) if paths]
   if problems:
     raise ValueError(f'The checkpoint does not hold the base. {"; ".join(problems)}. Give the base '
-                     'here, and a prompt file as PROMPT.')
+                     'here, and a prompt as PROMPT_FILE.')
   return param_paths.unflatten({path: found[path] for path in wanted | {'state/step'}})
 
 

@@ -82,7 +82,7 @@ def tiny(tiny_base) -> str:
 
 @pytest.fixture(scope='module')
 def task(tiny) -> str:
-  return t5x_bridge.task('reviews_in_t5x', tiny, modules=('reviews_task',))
+  return t5x_bridge.task('reviews_in_t5x', tiny, module='reviews_task')
 
 
 @pytest.fixture(scope='module')
@@ -272,6 +272,12 @@ def test_scores_and_beams_with_a_prompt_of_ours_are_ours(name, tmp_path, tiny, d
   batch = batches.batch_of(inputs, targets, virtual)
   scores = jax.jit(model.score_batch)(state.params, batch)
   np.testing.assert_allclose(scores, here.predictor.score(here.params, inputs, targets), atol=1e-5)
+  (loss, _), gradients = jax.jit(jax.value_and_grad(model.loss_fn, has_aux=True))(
+      state.params, batch, None)
+  np.testing.assert_allclose(loss, prompted_model.loss(here.model, here.params, batch)[0], 1e-5)
+  added, rest = t5x_bridge.split(gradients)
+  assert any(leaf.any() for leaf in jax.tree.leaves(added))
+  assert not any(leaf.any() for leaf in jax.tree.leaves(rest))
   without = jax.jit(t5x_bridge.model(base).score_batch)(
       t5x_bridge.split(state.params)[1], batches.batch_of(inputs, targets))
   assert np.abs(np.asarray(scores) - np.asarray(without)).min() > 1e-3
@@ -329,6 +335,17 @@ def test_every_gin_file_parses(monkeypatch):
   gin.clear_config()
 
 
+def test_numpy_prompts_of_google_research_are_taken(tmp_path, tiny):
+  rows = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+  np.save(tmp_path / 'prompt.npy', rows)
+  model = t5x_bridge.model(tiny, prompt=str(tmp_path / 'prompt.npy'))
+  np.testing.assert_array_equal(
+      restored(model, t5x_bridge.t5x_folder(tiny)).params['prompt']['embedding'], rows)
+  np.save(tmp_path / 'prompt.npy', rows[:, :7])
+  with pytest.raises(ValueError, match='the width is 7, but 8 in this base'):
+    t5x_bridge.model(tiny, prompt=str(tmp_path / 'prompt.npy'))
+
+
 def test_what_does_not_fit_is_told(tiny, decoder_only, test_assets):
   with pytest.raises(ValueError, match='Lora changes weights of the base'):
     t5x_bridge.model(tiny, Lora())
@@ -348,7 +365,8 @@ def test_what_does_not_fit_is_told(tiny, decoder_only, test_assets):
 def test_commands_on_eight_devices(method, tmp_path, tiny, reviews, surroundings):
   """`t5x.train`, then `t5x.infer` and our `score` with what it trained."""
   flags = [f'--gin_search_paths={GIN}', f'--gin.TASK_FEATURE_LENGTHS={LENGTHS}',
-           "--gin.MIXTURE_OR_TASK_NAME='reviews_in_t5x'", "--gin.TASK_MODULES=('reviews_task',)",
+           "--gin.MIXTURE_OR_TASK_NAME='reviews_in_t5x'",
+           "--gin.MIXTURE_OR_TASK_MODULE='reviews_task'",
            '--gin.BATCH_SIZE=8', '--gin.MODEL_PARALLELISM=2']
   environment = {
       **os.environ, 'PYTHONPATH': os.pathsep.join([str(surroundings), *SOURCES]),
@@ -364,7 +382,7 @@ def test_commands_on_eight_devices(method, tmp_path, tiny, reviews, surroundings
          f"--gin.INITIAL_CHECKPOINT_PATH='{tiny}'", f"--gin.MODEL_DIR='{tmp_path}/model'")
   prompt = f'{tmp_path}/model/prompts/last.safetensors'
   called('t5x.infer', '--gin_file=t5x/infer.gin', *flags, "--gin.MODE='score'",
-         f"--gin.CHECKPOINT_PATH='{tiny}'", f"--gin.PROMPT='{prompt}'",
+         f"--gin.CHECKPOINT_PATH='{tiny}'", f"--gin.PROMPT_FILE='{prompt}'",
          f"--gin.INFER_OUTPUT_DIR='{tmp_path}/scores'")
   rows = [json.loads(line) for line in reviews.read_text().splitlines()][:20]
   (tmp_path / 'rows.jsonl').write_text(''.join(
