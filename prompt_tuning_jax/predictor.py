@@ -142,6 +142,7 @@ class Predictor:
         out_shardings=partitioner.replicated)
     self._rank = jit(prompted_model.candidate_log_likelihoods, 'most')
     self._score = jit(prompted_model.log_likelihood)
+    self._first = jit(prompted_model.first_word_log_probabilities)
     self._generate = jit(prompted_model.generate, 'max_length', 'repeats')
     self._beams = jit(prompted_model.beam_search, 'max_length', 'num_beams')
     self._weighted = jit(controlled.generate_weighted, 'max_length', 'repeats')
@@ -282,6 +283,12 @@ class Predictor:
     run = lambda _, batch, added: self._score(params, self._partitioner.put_batch(batch),
                                               added=added)
     return np.array(self._run(inputs, run, targets, slots), np.float32)
+
+  def first_words(self, params: PyTree, inputs: Sequence[Tokens]) -> np.ndarray:
+    """log p of every word as the first of each input's target, in nats: [n, V] float32."""
+    run = lambda _, batch, added: self._first(params, self._partitioner.put_batch(batch),
+                                              added=added)
+    return np.stack(self._run(inputs, run))
 
   def _virtual_of(self, slots: Sequence[Slot] | None, i: int) -> VirtualTokens | None:
     return slots[i].virtual if slots else self._virtual

@@ -135,6 +135,12 @@ def log_likelihood(model: PromptedModel, params: PyTree, batch: Batch,
   return jnp.sum(tokens * batch['decoder_loss_weights'], axis=-1)
 
 
+def first_word_log_probabilities(model: PromptedModel, params: PyTree, batch: Batch,
+                                 added: Added | None = None) -> Array:
+  """log p of every word as the first of a target, in nats: [B, V] float32."""
+  return jax.nn.log_softmax(logits(model, params, batch, added=added)[:, 0])
+
+
 def candidate_log_likelihoods(model: PromptedModel, params: PyTree, encoder_input_tokens: Array,
                               candidates: Array, segments: Array, most: int,
                               added: Added | None = None) -> Array:

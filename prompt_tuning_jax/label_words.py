@@ -1,0 +1,77 @@
+"""Words for labels: `python -m prompt_tuning_jax.label_words --base=… --input=… --output=…`."""
+
+import sys
+
+from prompt_tuning_jax import verb
+
+ABOUT = ('Chooses, from rows with "inputs" and "targets" (labels), a word of the vocabulary for '
+         'each label, by which the frozen base tells the labels apart, and writes the rows with '
+         'these words as targets; "label" keeps the label. Prints the words and how many of the '
+         'rows they get right.')
+
+
+def label_words(flags, prompted) -> None:
+  """Writes the rows of flags.input with words for labels into flags.output."""
+  import collections
+  import json
+
+  import numpy as np
+
+  from prompt_tuning_jax import jsonl
+  from prompt_tuning_jax.analysis import label_choice
+  rows = [row for _, row in zip(range(flags.examples), jsonl.rows(flags.input), strict=False)]
+  inputs = [prompted.tokens(place, row, 'input', flags.max_input_length) for place, row in rows]
+  targets = [_label(place, row) for place, row in rows]
+  names = sorted(collections.Counter(targets))
+  if not 2 <= len(names) <= 100:
+    raise ValueError(f'Expected from 2 to 100 labels in "targets", got {len(names)}.')
+  labels = np.array([names.index(target) for target in targets])
+  log_p = prompted.predictor.first_words(prompted.params, inputs)
+  found = label_choice.candidates(log_p, labels, _whole_words(prompted.vocabulary),
+                                  flags.candidates)
+  chosen = label_choice.choose(log_p, labels, found)
+  word_of = {name: prompted.vocabulary.decode([word]).strip()
+             for name, word in zip(names, chosen, strict=True)}
+
+  def answer(part):
+    return [{'label': _known(place, row, word_of), 'targets': word_of[row['targets']]}
+            for place, row in part]
+
+  jsonl.answer_file(flags.input, flags.output, answer,
+                    settings={**verb.settings(flags, prompted), 'words': word_of})
+  print(json.dumps({'words': word_of, 'examples': len(rows),
+                    'accuracy': label_choice.accuracy(log_p, labels, chosen)}, ensure_ascii=False))
+
+
+def _whole_words(vocabulary):
+  """The ids of words that are written as one piece where they stand alone."""
+  from prompt_tuning_jax.training.discrete_prompt import words
+  return [word for word in words(vocabulary).tolist()
+          if vocabulary.encode(vocabulary.decode([word]).strip()) == [word]]
+
+
+def _label(place, row) -> str:
+  if not isinstance(row.get('targets'), str):
+    raise ValueError(f'{place}: expected a label in "targets", got the fields {sorted(row)}.')
+  return row['targets']
+
+
+def _known(place, row, word_of) -> str:
+  if _label(place, row) not in word_of:
+    raise ValueError(f'{place}: the label {row["targets"]!r} is in none of the first rows: raise '
+                     '--examples.')
+  return row['targets']
+
+
+def main(argv: list[str]) -> int:
+  """Returns the exit status."""
+  made = verb.file_flags(verb.parser('label_words', ABOUT))
+  made.add_argument('--examples', type=int, default=512, metavar='N',
+                    help='rows that the words are chosen from (default the first 512)')
+  made.add_argument('--candidates', type=int, default=20, metavar='K',
+                    help='words that are tried for each label (default 20)')
+  return verb.run(made, argv, label_words)
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

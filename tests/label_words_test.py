@@ -1,0 +1,64 @@
+"""Words for labels: they tell the labels apart, no choice makes them worse, and rows have them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from prompt_tuning_jax import eval as eval_verb
+from prompt_tuning_jax import label_words
+from prompt_tuning_jax.analysis import label_choice
+
+
+def made_up(n=60, size=30, seed=0):
+  """(log p [n, V], labels [n]): labels 0, 1, 2 raise words 5, 9 and 14; word 7 is always likely."""
+  rng = np.random.default_rng(seed)
+  labels, scores = rng.integers(0, 3, n), rng.normal(size=(n, size))
+  scores[np.arange(n), np.array([5, 9, 14])[labels]] += 2.0
+  scores[:, 7] += 4.0
+  return scores - np.logaddexp.reduce(scores, axis=1, keepdims=True), labels
+
+
+def test_the_words_of_labels_are_found_and_no_change_makes_them_worse():
+  log_p, labels = made_up()
+  words = np.arange(3, 30)
+  found = label_choice.candidates(log_p, labels, words, most=6)
+  assert found.shape == (3, 6) and found[:, 0].tolist() == [5, 9, 14]
+  chosen = label_choice.choose(log_p, labels, found)
+  assert len(set(chosen)) == 3 and all(word in row for word, row in zip(chosen, found, strict=True))
+  value = label_choice.likelihood(log_p, labels, chosen)
+  assert value >= label_choice.likelihood(log_p, labels, [5, 9, 14])
+  for label, row in enumerate(found):  # No single change is better.
+    for word in set(row.tolist()) - set(chosen):
+      other = [*chosen[:label], word, *chosen[label + 1:]]
+      assert label_choice.likelihood(log_p, labels, other) <= value
+  assert label_choice.accuracy(log_p, labels, chosen) > 80
+  # Words that are not to be had, or that the model does not think of, are none.
+  assert 5 not in label_choice.candidates(log_p, labels, np.arange(6, 30), most=24)
+  few = label_choice.candidates(log_p, labels, words, considered=4)
+  assert set(few.ravel()) == set(words[np.argsort(-np.stack(
+      [log_p[labels == label].mean(0) for label in range(3)]).mean(0)[words])[:4]])
+  with pytest.raises(ValueError, match='raise --candidates'):
+    label_choice.choose(log_p, labels, np.array([[5], [5], [9]]))
+
+
+def test_the_verbs_rows_score_as_it_says(tmp_path, tiny_base, reviews, capsys):
+  rows = [json.loads(line) for line in reviews.open(encoding='utf-8')][:40]
+  source, output = tmp_path / 'rows.jsonl', tmp_path / 'words.jsonl'
+  source.write_text(''.join(json.dumps({'inputs': row['text'], 'targets': row['label']}) + '\n'
+                            for row in rows), encoding='utf-8')
+  flags = ['--base', str(tiny_base), '--batch_size', '40']
+  assert label_words.main([*flags, '--input', str(source), '--output', str(output)]) == 0
+  told = json.loads(capsys.readouterr().out)
+  assert set(told['words']) == {'good', 'bad'} and told['examples'] == 40
+  written = [json.loads(line) for line in output.open(encoding='utf-8')]
+  assert [row['targets'] for row in written] == [told['words'][row['label']] for row in rows]
+  assert [row['label'] for row in written] == [row['label'] for row in rows]
+  majority = max(sum(row['label'] == label for row in rows) for label in told['words'])
+  assert told['accuracy'] >= 100 * majority / 40 - 15
+  capsys.readouterr()
+  assert eval_verb.main([*flags, '--input', str(output)]) == 0
+  assert json.loads(capsys.readouterr().out)['examples'] == 40
+  source.write_text('{"inputs": "a", "targets": "good"}\n')
+  assert label_words.main([*flags, '--input', str(source), '--output', str(output)]) == 1
+  assert 'Expected from 2 to 100 labels' in capsys.readouterr().err
