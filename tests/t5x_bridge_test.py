@@ -10,6 +10,8 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
+import shlex
 import subprocess
 import sys
 
@@ -323,16 +325,39 @@ def test_the_feature_converter_places_prompts_as_our_batches_do(placement):
     np.testing.assert_array_equal(ids[segments == i + 1], virtual.place(np.asarray(text)))
 
 
-def test_every_gin_file_parses(monkeypatch):
+COMMANDS = [shlex.split(line) for line in re.findall(
+    r'^python -m t5x\.[^\n]*', (GIN / 't5x' / 'README.md').read_text('utf-8').replace('\\\n', ' '),
+    re.MULTILINE)]
+
+
+@pytest.fixture
+def gin_of(monkeypatch):
+  """Reads gin files and bindings as a verb of T5X does."""
   import gin
   monkeypatch.setattr(gin.config, '_LOCATION_PREFIXES', ['', str(GIN)])
-  verbs = {'eval': 't5x.eval', 'infer': 't5x.infer'}
-  for path in sorted((GIN / 't5x').glob('*.gin')):
-    main = importlib.import_module(verbs.get(path.stem, 't5x.train'))
+
+  def read(verb: str, files, bindings=()) -> str:
+    main = importlib.import_module(f't5x.{verb}')
     monkeypatch.setitem(sys.modules, '__main__', main)
     gin.clear_config()
-    gin.parse_config_file(str(path))
+    gin.parse_config_files_and_bindings(files, bindings, finalize_config=False)
+    return gin.config_str()
+
+  yield read
   gin.clear_config()
+
+
+@pytest.mark.parametrize('name', [path.stem for path in sorted((GIN / 't5x').glob('*.gin'))])
+def test_every_gin_file_parses(name, gin_of):
+  assert gin_of(name if name in ('eval', 'infer') else 'train', [f't5x/{name}.gin'])
+
+
+@pytest.mark.parametrize('command', COMMANDS, ids=range(len(COMMANDS)))
+def test_commands_of_the_page_are_understood(command, gin_of):
+  values = lambda flag: [text.removeprefix(flag) for text in command if text.startswith(flag)]
+  text = gin_of(command[2].removeprefix('t5x.'), values('--gin_file='), values('--gin.'))
+  names = [binding.split('=')[0] for binding in values('--gin.')]
+  assert names and not [name for name in names if f'%{name}' not in text]
 
 
 def test_numpy_prompts_of_google_research_are_taken(tmp_path, tiny):
