@@ -17,6 +17,7 @@ from prompt_tuning_jax.training.lightweight import Adapters
 from prompt_tuning_jax.training.multitask import MultitaskPrompts
 from prompt_tuning_jax.training.prefix_tuning import PrefixTuning
 from prompt_tuning_jax.training.prompt_design import PromptDesign
+from prompt_tuning_jax.training.warp import Warp
 from prompt_tuning_jax.training.word_search import Mutations, WordSearch
 
 GIN = pathlib.Path(__file__).resolve().parent.parent / 'gin'
@@ -230,7 +231,7 @@ def test_prompt_tuning_has_the_papers_settings(values):
     ('prefix_tuning', PrefixTuning(100), 'adamw'),
     ('adapters', Adapters(64), 'adamw'), ('prompt_design', PromptDesign(), 'adafactor'),
     ('multitask_prompts', MultitaskPrompts(100), 'adafactor'),
-    ('autoprompt', DiscretePrompt(100), 'adafactor'),
+    ('autoprompt', DiscretePrompt(100), 'adafactor'), ('warp', Warp(100), 'adafactor'),
     ('evolutionary_search', DiscretePrompt(100, search=WordSearch(Mutations(), 8)), 'adafactor')])
 def test_every_method_replaces_that_of_a_run(name, method, optimizer, values):
   arguments, text = _read_given(['run/prompt_tuning.gin', f'method/{name}.gin'], values)

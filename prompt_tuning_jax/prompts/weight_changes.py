@@ -25,12 +25,16 @@ KINDS = ('lora', 'ia3', 'ia3_in')
 def combined(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> PyTree:
   """The parameters that the model takes: frozen leaves with their changes, and new leaves.
 
+  Part of a change may be frozen (`b` of a LoRA whose `a` trains).
+
   Raises:
     ValueError: a change is of a leaf that the frozen tree lacks, or does not fit it.
   """
   leaves = param_paths.flatten(frozen)
   changes, beside = {}, {}
-  for path, leaf in param_paths.flatten(trained).items():
+  of_changes = {path: leaves.pop(path) for path in list(leaves)
+                if path.partition('/')[0] in KINDS}
+  for path, leaf in {**of_changes, **param_paths.flatten(trained)}.items():
     kind, _, rest = path.partition('/')
     (changes.setdefault(kind, {}) if kind in KINDS else beside)[
         rest if kind in KINDS else path] = leaf

@@ -1,0 +1,66 @@
+"""WARP: a prompt and the output vectors of labels train alone, and the file says it all."""
+
+import json
+
+import numpy as np
+import pytest
+
+from prompt_tuning_jax import eval as eval_verb
+from prompt_tuning_jax import optimizers, param_paths, prompted_base
+from prompt_tuning_jax.checkpoints import base_checkpoint, prompt_file
+from prompt_tuning_jax.checkpoints.base_checkpoint import Base
+from prompt_tuning_jax.data.text_file import TextFile
+from prompt_tuning_jax.data.vocabulary import Vocabulary
+from prompt_tuning_jax.training import run
+from prompt_tuning_jax.training.warp import OUTPUT, Warp
+
+
+@pytest.fixture(scope='module')
+def coded(tmp_path_factory, reviews):
+  """The reviews with labels whose first pieces differ."""
+  path = tmp_path_factory.mktemp('coded') / 'coded.jsonl'
+  rows = [json.loads(line) for line in reviews.open(encoding='utf-8')]
+  name = {'good': 'warm', 'bad': 'dull'}
+  path.write_text(''.join(json.dumps({**row, 'label': name[row['label']]}) + '\n' for row in rows),
+                  encoding='utf-8')
+  return path
+
+
+def test_a_run_changes_the_columns_of_labels_alone(tmp_path, tiny_base, coded, token_dir, capsys):
+  result = run.train(TextFile(str(coded)), {'inputs': 24, 'targets': 8}, str(tmp_path / 'run'),
+                     str(tiny_base), Warp(2), optimizers.adafactor(), 6, 8, eval_period=3,
+                     save_period=3, inspect=False)
+  file = prompt_file.load(result['prompt'])
+  assert result['trainable_parameters'] == 2 * 8 + 8 * 2 and file.metadata['method'] == 'warp'
+  base = base_checkpoint.load_base(str(tiny_base))
+  words = Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
+  columns = sorted(words.encode(label)[0] for label in ('warm', 'dull'))
+  loaded = prompted_base.load(str(tiny_base), result['prompt'])
+  before, after = map(param_paths.flatten, (base.params, loaded.params))
+  for path, leaf in before.items():
+    moved = np.asarray(after[path]) != np.asarray(leaf)
+    assert moved.any() == (path == OUTPUT)
+  moved = np.asarray(after[OUTPUT]) != np.asarray(before[OUTPUT])
+  assert np.flatnonzero(moved.any(axis=0)).tolist() == columns
+  # It scores through `eval`, alone and in a bank, what it scored in the run.
+  cache = next((token_dir / 'tokens').glob('coded-validation-*'))
+  flags = ['--base', str(tiny_base), '--prompt', result['prompt'], '--input',
+           str(cache / 'rows.jsonl')]
+  assert eval_verb.main(flags) == 0
+  assert json.loads(capsys.readouterr().out)['accuracy'] == pytest.approx(result['best_value'])
+
+
+def test_what_has_no_vectors_for_labels_is_told(tmp_path, tiny_base, reviews, coded, token_dir):
+  train = lambda task: run.train(task, {'inputs': 24, 'targets': 16}, str(tmp_path / 'run'),
+                                 str(tiny_base), Warp(2), optimizers.adafactor(), 1, 8)
+  alike = tmp_path / 'alike.jsonl'
+  alike.write_text(coded.read_text().replace('"dull"}', '"warm film"}'), encoding='utf-8')
+  with pytest.raises(ValueError, match='Labels need first pieces of their own, got warm, warm f'):
+    train(TextFile(str(alike)))
+  with pytest.raises(ValueError, match='of the labels of one task of classification'):
+    train(TextFile(str(reviews), targets='text'))
+  base = base_checkpoint.load_base(str(tiny_base))
+  params = {path: leaf for path, leaf in param_paths.flatten(base.params).items() if path != OUTPUT}
+  tied = Base('tied', base.config, param_paths.unflatten(params), base.vocabulary, '')
+  with pytest.raises(ValueError, match='tied has no .*: its output layer is its embedding table'):
+    Warp(2).for_data([], tied, None, 0)
