@@ -30,12 +30,22 @@ def masked_tokens(tokens: np.ndarray, rng: np.random.Generator, mask_id: int,
   Returns:
     [N, L] int32. At least one token of each row is chosen.
   """
-  rank = np.argsort(rng.random(tokens.shape), axis=1)  # A permutation in each row.
-  chosen = rank < _share(tokens.shape[1], CHOSEN)
+  chosen = chosen_tokens(tokens.shape, rng)
   fate = rng.random(tokens.shape)
   random = rng.integers(*pieces, size=tokens.shape)
   noisy = np.where(fate < MASKED, mask_id, np.where(fate < MASKED + RANDOM, random, tokens))
   return np.where(chosen, noisy, tokens).astype(np.int32)
+
+
+def chosen_tokens(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+  """Which tokens BERT is asked for: [N, L] bool, as many in each row (`num_chosen`)."""
+  rank = np.argsort(rng.random(shape), axis=1)  # A permutation in each row.
+  return rank < num_chosen(shape[1])
+
+
+def num_chosen(length: int) -> int:
+  """15 % of a text's tokens, at least one."""
+  return _share(length, CHOSEN)
 
 
 def infilling_lengths(rows: int, noise: int, rng: np.random.Generator) -> np.ndarray:
@@ -49,7 +59,8 @@ def infilling_lengths(rows: int, noise: int, rng: np.random.Generator) -> np.nda
   return np.where(before < noise, np.minimum(lengths, noise - before), -1)
 
 
-def text_infilling(tokens: np.ndarray, rng: np.random.Generator, mask_id: int) -> np.ndarray:
+def text_infilling(tokens: np.ndarray, rng: np.random.Generator, mask_id: int,
+                   eos: int = EOS) -> np.ndarray:
   """BART's noise: spans of 30 % of each row's tokens, each replaced with ONE mask.
 
   A span of length 0 adds a mask between two tokens. All orders of spans and kept tokens are as
@@ -75,7 +86,7 @@ def text_infilling(tokens: np.ndarray, rng: np.random.Generator, mask_id: int) -
   places = np.arange(counts.max() + 1)
   symbols = np.pad(symbols, ((0, 0), (0, 1)))[:, :len(places)]
   ends = counts[:, None]
-  return np.where(places < ends, symbols, np.where(places == ends, EOS, 0)).astype(np.int32)
+  return np.where(places < ends, symbols, np.where(places == ends, eos, 0)).astype(np.int32)
 
 
 def sentences(text: str) -> list[str]:

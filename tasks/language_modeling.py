@@ -1,8 +1,9 @@
 """Pretraining tasks over plain text, an objective and its text a name: `prefix_lm_wiki`, …
 
 T5's span corruption, also without sentinels in the targets, and prefix LM (Raffel et al. 2020;
-Lester et al. 2021 adapt T5 with the latter on C4), plain LM, BERT's masked tokens (Devlin et al.
-2019), and BART's text infilling and sentence permutation, alone and together (Lewis et al. 2020).
+Lester et al. 2021 adapt T5 with the latter on C4), plain LM, BERT's masked tokens, for a T5 and for
+a BERT (Devlin et al. 2019), and BART's text infilling and sentence permutation, alone and together
+(Lewis et al. 2020).
 """
 
 import functools
@@ -32,6 +33,9 @@ TFDS_DATASETS = {
     'masked_lm_novels': ['local_text/novels:1.0.0'],
     'masked_lm_wiki': ['local_text/wiki:1.0.0'],
     'masked_lm_local_text': ['local_text/novels:1.0.0', 'local_text/wiki:1.0.0'],
+    'masked_tokens_novels': ['local_text/novels:1.0.0'],
+    'masked_tokens_wiki': ['local_text/wiki:1.0.0'],
+    'masked_tokens_local_text': ['local_text/novels:1.0.0', 'local_text/wiki:1.0.0'],
     'text_infilling_novels': ['local_text/novels:1.0.0'],
     'text_infilling_wiki': ['local_text/wiki:1.0.0'],
     'text_infilling_local_text': ['local_text/novels:1.0.0', 'local_text/wiki:1.0.0'],
@@ -49,6 +53,7 @@ OBJECTIVES = {
     'prefix_lm': pretraining.prefix_lm,
     'lm': pretraining.language_model,
     'masked_lm': pretraining.masked_lm,
+    'masked_tokens': pretraining.masked_tokens,
     'text_infilling': functools.partial(pretraining.bart_denoising, permute=False),
     'sentence_permutation': functools.partial(pretraining.bart_denoising, infill=False),
     'bart_denoising': pretraining.bart_denoising,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-EOS = 1
+EOS = 1  # T5's id of the end of a text; other vocabularies have others
 NOISE_DENSITY = 0.15
 MEAN_SPAN_LENGTH = 3.0
 
@@ -68,7 +68,7 @@ def span_mask(rows: int, length: int, rng: np.random.Generator,
 
 
 def span_corruption(tokens: np.ndarray, mask: np.ndarray,
-                    first_sentinel: int) -> tuple[np.ndarray, np.ndarray]:
+                    first_sentinel: int, eos: int = EOS) -> tuple[np.ndarray, np.ndarray]:
   """Inputs with a sentinel for each span, targets with each sentinel and its span; EOS ends both.
 
   Args:
@@ -85,21 +85,21 @@ def span_corruption(tokens: np.ndarray, mask: np.ndarray,
   inputs = np.where(starts, sentinels, tokens)[starts | ~mask]
   # A span's first token writes two targets, its sentinel and itself.
   targets = np.stack([sentinels, tokens], axis=-1)[np.stack([starts, mask], axis=-1)]
-  return with_eos(inputs.reshape(rows, -1)), with_eos(targets.reshape(rows, -1))
+  return with_eos(inputs.reshape(rows, -1), eos), with_eos(targets.reshape(rows, -1), eos)
 
 
-def noise_tokens(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def noise_tokens(tokens: np.ndarray, mask: np.ndarray, eos: int = EOS) -> np.ndarray:
   """Targets without sentinels: the spans end to end, then EOS; see `span_corruption`.
 
   Returns:
     [N, noise + 1] int32.
   """
-  return with_eos(tokens[mask].reshape(len(tokens), -1))
+  return with_eos(tokens[mask].reshape(len(tokens), -1), eos)
 
 
-def with_eos(tokens: np.ndarray) -> np.ndarray:
-  """[N, L] -> [N, L + 1] int32, EOS last."""
-  return np.pad(tokens, ((0, 0), (0, 1)), constant_values=EOS).astype(np.int32)
+def with_eos(tokens: np.ndarray, eos: int = EOS) -> np.ndarray:
+  """[N, L] -> [N, L + 1] int32, the id of the end last."""
+  return np.pad(tokens, ((0, 0), (0, 1)), constant_values=eos).astype(np.int32)
 
 
 def restore_spans(inputs: np.ndarray, targets: np.ndarray, lowest_sentinel: int) -> np.ndarray:
@@ -134,7 +134,8 @@ def prefix_split_points(rows: int, length: int, inputs_length: int, targets_leng
   return rng.integers(lowest, highest, size=rows, endpoint=True)
 
 
-def split_at(tokens: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def split_at(tokens: np.ndarray, points: np.ndarray,
+             eos: int = EOS) -> tuple[np.ndarray, np.ndarray]:
   """Splits rows at `points` and ends both sides with EOS, padded with 0 behind it.
 
   Args:
@@ -150,7 +151,7 @@ def split_at(tokens: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.nda
     places = np.arange(counts.max() + 1)
     source = np.minimum(starts[:, None] + places, tokens.shape[1] - 1)
     taken = np.take_along_axis(tokens, source, axis=1)
-    side = np.where(places < counts[:, None], taken, np.where(places == counts[:, None], EOS, 0))
+    side = np.where(places < counts[:, None], taken, np.where(places == counts[:, None], eos, 0))
     sides.append(side.astype(np.int32))
   return tuple(sides)
 

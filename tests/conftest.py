@@ -100,37 +100,23 @@ def bpe_file(tmp_path_factory, reviews) -> pathlib.Path:
 
 @pytest.fixture(scope='session')
 def bart_file(tmp_path_factory, reviews) -> pathlib.Path:
-  """A tokenizer.json of BART's kind, trained on the reviews: <s>, <pad>, </s>, <unk>, …, <mask>."""
-  tokenizers = pytest.importorskip('tokenizers')
-  made = tokenizers.Tokenizer(tokenizers.models.BPE())
-  made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  made.decoder = tokenizers.decoders.ByteLevel()
-  mask = tokenizers.AddedToken('<mask>', lstrip=True, special=True)
-  made.train_from_iterator(
-      reviews.read_text(encoding='utf-8').splitlines(), tokenizers.trainers.BpeTrainer(
-          vocab_size=300, special_tokens=['<s>', '<pad>', '</s>', '<unk>', mask],
-          show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-  made.post_processor = tokenizers.processors.RobertaProcessing(('</s>', 2), ('<s>', 0))
+  """A tokenizer.json of BART's kind, trained on the reviews."""
+  pytest.importorskip('tokenizers')
+  from prompt_tuning_jax.data.tokenizer_training import train_tokenizer
   path = tmp_path_factory.mktemp('bart') / 'tokenizer.json'
-  made.save(str(path))
+  lines = reviews.read_text(encoding='utf-8').splitlines()
+  path.write_text(train_tokenizer('bart', lines, 300), encoding='utf-8')
   return path
 
 
 @pytest.fixture(scope='session')
 def bert_file(tmp_path_factory, reviews) -> pathlib.Path:
-  """A vocab.txt of BERT's kind, trained on the reviews, its special tokens not at their usual ids.
-  """
-  tokenizers = pytest.importorskip('tokenizers')
-  made = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token='[UNK]'))
-  made.normalizer = tokenizers.normalizers.BertNormalizer()
-  made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-  made.train_from_iterator(
-      reviews.read_text(encoding='utf-8').splitlines() + ['It was , . ! ?'],
-      tokenizers.trainers.WordPieceTrainer(
-          vocab_size=120, special_tokens=['[PAD]', '[unused0]', '[UNK]', '[CLS]', '[SEP]',
-                                          '[MASK]'], show_progress=False))
+  """A vocab.txt of BERT's kind, trained on the reviews; its mask is not at its usual id."""
+  pytest.importorskip('tokenizers')
+  from prompt_tuning_jax.data.tokenizer_training import train_tokenizer
   path = tmp_path_factory.mktemp('bert') / 'vocab.txt'
-  ids = made.get_vocab()
+  lines = ['It was , . ! ?', *reviews.read_text(encoding='utf-8').splitlines()]
+  ids = json.loads(train_tokenizer('bert', lines, 120))['model']['vocab']
   path.write_text(''.join(f'{token}\n' for token in sorted(ids, key=ids.get)), encoding='utf-8')
   return path
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax import launch
-from prompt_tuning_jax.networks import gpt, parameters, t5
+from prompt_tuning_jax.networks import bart, bert, gpt, parameters, t5
 from prompt_tuning_jax.prompts import initializers
 from prompt_tuning_jax.training import methods, run
 from prompt_tuning_jax.training.discrete_prompt import DiscretePrompt
@@ -40,6 +40,9 @@ PARAMETERS = {
     # Ours have a row more.
     'gpt2': 124_439_808 + 768, 'gpt2_medium': 354_823_168 + 1024, 'gpt2_large': 774_030_080 + 1280,
     'gpt2_xl': 1_557_611_200 + 1600,
+    # And a bias of the logits, which is no parameter there.
+    'bart_base': 139_420_416 + 768 + 50_266, 'bart_large': 406_291_456 + 1024 + 50_266,
+    'bert_base': 109_514_298, 'bert_large': 335_174_458,
 }
 
 
@@ -78,7 +81,21 @@ def _count_decoder_only(config: gpt.GPTConfig) -> int:
   return config.num_layers * layer + tables + norm + positions
 
 
-COUNTS = {t5.T5Config: _count, gpt.GPTConfig: _count_decoder_only}
+def _count_post_norm(config: bart.BartConfig | bert.BertConfig) -> int:
+  width, joined, mlp = config.emb_dim, config.num_heads * config.head_dim, config.mlp_dim
+  norm, attention = 2 * width, 4 * width * joined + 3 * joined + width + 2 * width
+  layer = attention + 2 * width * mlp + mlp + width + norm
+  tables = (config.vocab_size + config.max_positions) * width + config.vocab_size
+  if isinstance(config, bert.BertConfig):
+    head = width * width + width + norm
+    return config.num_encoder_layers * layer + tables + config.num_types * width + norm + head
+  positions = (config.max_positions + 4) * width  # the decoder's, and two rows more of each
+  return (config.num_encoder_layers * layer + config.num_decoder_layers * (layer + attention)
+          + tables + positions + 2 * norm)
+
+
+COUNTS = {t5.T5Config: _count, gpt.GPTConfig: _count_decoder_only,
+          **dict.fromkeys((bart.BartConfig, bert.BertConfig), _count_post_norm)}
 
 
 def _read(files, bindings=()):
@@ -177,7 +194,8 @@ def test_every_name_has_one_axis_and_runs_bind_what_they_include():
 def test_files_of_one_axis_bind_the_same():
   """Of `run.train`, and of each class of networks, so that one file of an axis replaces another."""
   for axis, start in (('network', 'run.'), ('method', 'run.'), ('network', 't5.T5Config.'),
-                      ('network', 'gpt.GPTConfig.')):
+                      *(('network', f'{name}Config.') for name in (
+                          'gpt.GPT', 'bart.Bart', 'bert.Bert'))):
     bound = [names for path in (GIN / axis).glob('*.gin')
              if (names := {name for name in _names(path) if name.startswith(start)})]
     assert len(bound) > 2 and all(names == bound[0] for names in bound), axis
@@ -201,7 +219,8 @@ def test_a_network_of_one_class_replaces_that_of_another(values):
   assert isinstance(arguments['network'], gpt.GPTConfig) and 't5.T5Config' not in text
 
 
-@pytest.mark.parametrize('name', ['t5_1_0_small', 'mini', 'tiny', 'gpt_tiny', 'decoder_only_mini'])
+@pytest.mark.parametrize('name', ['t5_1_0_small', 'mini', 'tiny', 'gpt_tiny', 'decoder_only_mini',
+                                  'bart_tiny', 'bert_tiny'])
 def test_our_network_has_as_many_parameters(name):
   config = launch.network_named(name)
   shapes = [spec.shape for spec in parameters.parameter_specs(config).values()]

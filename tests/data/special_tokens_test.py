@@ -122,3 +122,18 @@ def test_bytes_of_ids_are_what_is_decoded(bart_file, bert_file):
       made = b''.join(table[i, :lengths[i]].tobytes() for i in ids).decode()
       assert made[min(words.leading_spaces, len(made) - len(made.lstrip(' '))):] == (
           words.decode(ids))
+
+
+def test_the_verb_trains_vocabularies_that_bases_can_have(reviews, tmp_path, capsys):
+  from prompt_tuning_jax import train_vocabulary
+  run = lambda kind, name, *flags: train_vocabulary.main([
+      f'--kind={kind}', f'--input={reviews}', f'--output={tmp_path / name}', *flags])
+  for kind, pieces in (('gpt2', 257), ('bart', 262), ('bert', 90)):
+    assert run(kind, f'{kind}.json', f'--pieces={pieces}') == 0
+    words = Vocabulary(tmp_path / f'{kind}.json')
+    assert words.size == pieces + (kind != 'bert') and 'ids in' in capsys.readouterr().out
+    assert words.decode(words.framed(words.encode('a lovely film'), 'inputs')) == 'a lovely film'
+  assert [words.begins('inputs'), words.eos_id, words.mask_id] == [(2,), 3, 4]
+  assert run('bart', 'x.model') != 0 and 'should end in .json' in capsys.readouterr().err
+  assert run('gpt2', 'x.json', '--pieces=256') != 0
+  assert 'at least 257 pieces' in capsys.readouterr().err

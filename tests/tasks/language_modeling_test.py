@@ -20,7 +20,7 @@ JOINED = ''.join(TEXTS)
 OBJECTIVES = {  # How many features, and how many bytes may be lost at a group's (or text's) end.
     'span_corruption': (2, 1), 'span_corruption_no_sentinels': (2, 1), 'prefix_lm': (2, 1),
     'lm': (1, 0), 'masked_lm': (2, 0), 'text_infilling': (2, 0), 'sentence_permutation': (2, 0),
-    'bart_denoising': (2, 0)}
+    'bart_denoising': (2, 0), 'masked_tokens': (2, 1)}
 LOCAL_TEXTS = {'novels': ['local_text/novels:1.0.0'], 'wiki': ['local_text/wiki:1.0.0'],
                'local_text': ['local_text/novels:1.0.0', 'local_text/wiki:1.0.0']}
 
@@ -107,6 +107,36 @@ def test_masked_inputs_stand_above_their_targets(seqio):
   masked, changed = pairs[:, 0] == MASK, pairs[:, 0] != pairs[:, 1]
   assert abs(masked.mean() - 0.12) < 0.01 and abs((changed & ~masked).mean() - 0.015) < 0.005
   assert pairs[changed & ~masked, 0].min() >= 3 and pairs[~masked, 0].max() < 259
+
+
+def test_masked_tokens_stand_under_the_masks_and_fit(seqio):
+  """As many as targets have room for; with the targets in their places the texts are whole."""
+  for lengths, size in (((100, 100), 100), ((100, 8), 50)):
+    rows = run(seqio, 'masked_tokens', lengths)
+    text = ''
+    for row in rows:
+      ids, targets = np.array(row['inputs']), np.array(row['targets'])
+      assert np.sum(ids == MASK) == len(targets) - 1 == max(1, round(0.15 * (len(ids) - 1)))
+      ids[ids == MASK] = targets[:-1]
+      text += BYTES.decode(ids)
+    assert text == JOINED and {len(row['inputs']) for row in rows[:-1]} == {size}
+    assert max(len(row['targets']) for row in rows) <= lengths[1]
+
+
+@pytest.mark.parametrize('objective', ['lm', 'prefix_lm', 'masked_tokens', 'bart_denoising'])
+def test_texts_end_as_the_vocabulary_says(seqio, objective, bpe_file, bart_file, bert_file):
+  """GPT-2's vocabulary has no mask, which is told."""
+  for file in (bpe_file, bart_file, bert_file):
+    words = Vocabulary(file)
+    if objective in ('masked_tokens', 'bart_denoising') and file == bpe_file:
+      with pytest.raises(ValueError, match='no mask'):
+        run(seqio, objective, (48, 32), vocabulary=words)
+      continue
+    rows = run(seqio, objective, (48, 32), vocabulary=words)
+    assert rows and all(ids[-1] == words.eos_id and ids.count(words.eos_id) == 1
+                        for row in rows for ids in row.values())
+    noisy = objective in ('masked_tokens', 'bart_denoising')
+    assert any(words.mask_id in row['inputs'] for row in rows) if noisy else True
 
 
 def test_bart_permutes_whole_sentences(seqio):
@@ -236,6 +266,10 @@ GOLDEN = {  # The second row of local_text/wiki's validation split, at most 120 
     'masked_lm': (
         "34 _0_.2d 433, 441 fn. 1 (D.C. _0_993), whi_0_h cites Ruddigor_0_'_0_ a_0_moni_0_ion_0_"
         '_0_o "blow your <0xCA>w_0__0_tru_0_pet". A_0_production of _0_Ru_0_</s>', PASSAGE),
+    'masked_tokens': (
+        "34 _0_.2d 433, 441 fn. 1 (D.C. _0_993), _0__0_i_0_h cites Ruddigor_0_'_0_ a_0_moni_0_ion"
+        '_0__0_o "blow your _0_w_0__0_tru_0_pet". A_0_production of _0_Ru_0_</s>',
+        'A1whcesdt ton m "d</s>'),
     'text_infilling': (
         '3_0_4 A.2d 43_0_, 441_0_n._0_ _0_C. 1993), which cites Ruddi_0_re_0_s admo_0_on to "blow'
         '_0_ur _0__0_t"_0_ A productio_0__0_ud</s>', PASSAGE),
