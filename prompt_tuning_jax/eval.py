@@ -37,6 +37,7 @@ def _task(flags, prompted) -> Answered:
   from prompt_tuning_jax.data.seqio_task import SeqioTask
   from prompt_tuning_jax.training.evaluate import Evaluator
   task = SeqioTask(flags.task, eval_split=flags.split, sentinel=flags.sentinel,
+                   template=flags.template,
                    modules=tuple(flags.modules))
   lengths = {'inputs': flags.max_input_length, 'targets': flags.max_decode_length}
   cache = token_cache.open_or_build(task, task.eval_split, prompted.vocabulary, lengths)
@@ -117,6 +118,8 @@ def main(argv: list[str]) -> int:
   made.add_argument('--split', default='validation', help="the task's split (default validation)")
   made.add_argument('--modules', nargs='*', default=(), metavar='MODULE',
                     help='Python modules that register tasks of your own')
+  made.add_argument('--template', default='{}', metavar='TEXT',
+                    help="what a task's inputs are written into, such as '{} It was [MASK].'")
   made.add_argument('--sentinel', action='store_true',
                     help="the task's targets begin with <extra_id_0>, as the prompt was trained")
   made.add_argument('--decode', action='store_true',

@@ -86,6 +86,9 @@ def to_peft(flags, prompt, base) -> None:
   from prompt_tuning_jax.checkpoints import peft_adapter
   is_decoder_only = bool(flags.decoder_only)
   if base is not None:
+    if 'decoder' not in base.config.attentions:
+      raise ValueError(f'The base {base.name!r} is a masked language model, for which PEFT has no '
+                       'prompt tuning.')
     has_encoder = 'encoder' in base.config.attentions
     if is_decoder_only and has_encoder:
       raise ValueError(f'The base {base.name!r} has an encoder: leave out --decoder_only.')

@@ -119,7 +119,7 @@ def check_masks(config: Any, inputs: Iterable[Tokens], targets: Iterable[int]) -
     if masks < target - 1:
       raise ValueError(f'An input has {masks} masks, but its target or a label has {target - 1} '
                        'tokens: write a mask for each into the input (a template such as '
-                       "'{text} It was [MASK].').")
+                       "'It was [MASK]: {}'; a long text that is cut loses what stands behind it).")
 
 
 class Predictor:

@@ -56,6 +56,7 @@ def of_batch(model: PromptedModel, length: int, params: PyTree, batch: Batch) ->
   if 'encoder' in config.attentions:
     found = {'input': ('encoder', 0, text, rows), 'target': ('cross', 0, written, rows),
              'target_to_target': ('decoder', 0, written, none)}
+    found = {name: of for name, of in found.items() if of[0] in config.attentions}
   else:  # The same layers read the inputs and then the targets, which see the inputs behind them.
     found = {'input': ('decoder', 0, text, rows),
              'target': ('decoder', 1, written, jnp.concatenate([none, rows], axis=-1))}

@@ -71,7 +71,8 @@ def _one_line(error: Exception) -> str:
 
 def build(task: str, modules: list[str], split: str, vocabulary: Mapping[str, Any],
           lengths: Mapping[str, int], folder: str, max_examples: int | None,
-          sentinel: bool = False, block: tuple[int, int | None] | None = None) -> dict[str, Any]:
+          sentinel: bool = False, template: str = '{}',
+          block: tuple[int, int | None] | None = None) -> dict[str, Any]:
   """Tokenises a split, or the source's rows [start, stop) of it, into `folder`.
 
   The other arguments are those of `SeqioTask`.
@@ -89,7 +90,7 @@ def build(task: str, modules: list[str], split: str, vocabulary: Mapping[str, An
   shared = all(meta == metas[parts[0].name] for meta in metas.values())
   meta = metas[parts[0].name] if shared else {'metrics': [], 'postprocessor': None}
   cut = dict.fromkeys(FEATURES, 0)
-  streams = {part.name: _rows(_with_sentinel(part) if sentinel else part, split, words, lengths,
+  streams = {part.name: _rows(_rewritten(part, sentinel, template), split, words, lengths,
                               max_examples, bool(meta['metrics']), cut) for part in parts}
   rows = (streams[task] if len(parts) == 1 and parts[0].name == task
           else _mix(provider, parts, streams, max_examples))
@@ -108,20 +109,26 @@ def build(task: str, modules: list[str], split: str, vocabulary: Mapping[str, An
   return {'num_examples': writer.num_examples, 'warnings': warnings}
 
 
-def _with_sentinel(task):
-  """The task with SENTINEL before every target and choice."""
+def _rewritten(task, sentinel: bool, template: str):
+  """The task with inputs in the template, and SENTINEL, if so, before every target and choice."""
   import seqio
   import tensorflow as tf
+  if not sentinel and template == '{}':
+    return task
+  head, tail = template.split('{}')
 
   def add(row):
     before = lambda text: tf.strings.join([SENTINEL, text], separator=' ')
-    return {**row, **{key: before(row[key]) for key in ('targets', 'choices') if key in row}}
+    changed = {key: before(row[key]) for key in ('targets', 'choices') if sentinel and key in row}
+    if 'inputs' in row:
+      changed['inputs'] = tf.strings.join([head, row['inputs'], tail])
+    return {**row, **changed}
 
   steps = list(task.preprocessors)
   names = [getattr(step, 'func', step) for step in steps]
   if seqio.preprocessors.tokenize not in names:
     raise ValueError(f'Task {task.name} has no step seqio.preprocessors.tokenize, before which '
-                     'targets get their sentinel: leave out `sentinel`.')
+                     'texts are changed: leave out `sentinel` and `template`.')
   steps.insert(names.index(seqio.preprocessors.tokenize), lambda dataset: dataset.map(add))
   return task.replace(preprocessors=steps)
 

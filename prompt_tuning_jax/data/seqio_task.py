@@ -45,6 +45,8 @@ class SeqioTask:
     max_examples: keeps the first so many of each split.
     sentinel: begins every target with <extra_id_0>, as a base that has only filled in spans expects
       (Lester et al. 2021, section 3.2: "span corruption + sentinel").
+    template: what inputs are written into, at its '{}': '{} It was [MASK].' for a BERT, whose
+      answer stands under the mask. Of long texts, which are cut, it should stand in front.
   """
 
   name: str
@@ -54,6 +56,7 @@ class SeqioTask:
   eval_split: str | None = 'validation'
   max_examples: int | None = None
   sentinel: bool = False
+  template: str = '{}'
 
   def __post_init__(self):
     if not isinstance(self.name, str) or not self.name:
@@ -62,6 +65,9 @@ class SeqioTask:
     object.__setattr__(self, 'modules', tuple(dict.fromkeys((BUNDLED, *given))))
     if self.max_examples is not None and self.max_examples < 1:
       raise ValueError(f'max_examples must be 1 or more, got {self.max_examples}.')
+    if not isinstance(self.template, str) or self.template.count('{}') != 1:
+      raise ValueError("template should be a text with one '{}', where inputs stand, got "
+                       f'{self.template!r}.')
 
   def key_parts(self, split: str) -> dict[str, Any]:
     """What the tokens depend on besides split, vocabulary and lengths: code and data.
@@ -77,7 +83,8 @@ class SeqioTask:
     for path in sources:
       code.update(path.read_bytes())
     return {'kind': 'seqio', 'modules': list(self.modules), 'code': code.hexdigest(),
-            'max_examples': self.max_examples, 'sentinel': self.sentinel, 'data': self._data()}
+            'max_examples': self.max_examples, 'sentinel': self.sentinel,
+            'template': self.template, 'data': self._data()}
 
   def build(self, split: str, vocabulary, lengths: Mapping[str, int],
             folder: str | os.PathLike) -> None:
@@ -90,7 +97,7 @@ class SeqioTask:
     request = {'task': self.name, 'modules': list(self.modules), 'split': split,
                'vocabulary': {'file': vocabulary.file, 'extra_ids': vocabulary.extra_ids},
                'lengths': dict(lengths), 'folder': str(folder), 'max_examples': self.max_examples,
-               'sentinel': self.sentinel}
+               'sentinel': self.sentinel, 'template': self.template}
     blocks = [] if self.max_examples else self._blocks(split)
     if len(blocks) < 2:
       replies = [self._run(request)]

@@ -11,7 +11,7 @@ from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.analysis import attention_mass
 from prompt_tuning_jax.checkpoints import hf_safetensors
 from prompt_tuning_jax.data import batches
-from prompt_tuning_jax.networks import gpt, t5
+from prompt_tuning_jax.networks import bert, gpt, t5
 from prompt_tuning_jax.networks.attention import Context
 from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts.prefix import DirectPrefix
@@ -23,6 +23,8 @@ T5 = t5.T5Config(vocab_size=V, emb_dim=16, num_heads=3, num_encoder_layers=2, nu
                  head_dim=4, mlp_dim=20, dropout_rate=0.0)
 GPT = gpt.GPTConfig(vocab_size=V, emb_dim=16, num_heads=2, num_layers=2, head_dim=8, mlp_dim=20,
                     dropout_rate=0.0)
+BERT = bert.BertConfig(vocab_size=V, emb_dim=16, num_heads=2, num_encoder_layers=2, head_dim=8,
+                       mlp_dim=20, dropout_rate=0.0)
 INPUTS = [[7, 8, 9, 11, 1], [5, 6, 1], [12, 13, 14, 15, 16, 17, 18, 1]]
 TARGETS = [[20, 21, 1], [22, 1], [23, 24, 25, 26, 1]]
 
@@ -142,7 +144,7 @@ def test_padding_and_batches_do_not_matter_and_shares_are_shares(config, kind):
     assert (means >= 0).all() and (means.sum(axis=2) < 1).all() and 0 < even < 1
 
 
-@pytest.mark.parametrize('config', [T5, GPT], ids=['t5', 'gpt'])
+@pytest.mark.parametrize('config', [T5, GPT, BERT], ids=['t5', 'gpt', 'bert'])
 def test_where_queries_are_zero_attention_is_even(config):
   """Without relative biases and with queries of 0 every key that is seen receives the same."""
   model, virtual, params = made(config, 'prompt')
@@ -150,6 +152,7 @@ def test_where_queries_are_zero_attention_is_even(config):
           for path, leaf in param_paths.flatten(params).items()}
   found = program(model, P)(param_paths.unflatten(flat),
                             batches.batch_of(INPUTS, TARGETS, virtual))
+  assert set(found) == ({'input'} if config is BERT else {'input', 'target'})
   for mass in found.values():
     means, even = mass.means()
     np.testing.assert_allclose(means.sum(axis=2), even, atol=1e-6)

@@ -222,6 +222,33 @@ def test_a_hidden_label_behind_a_sentinel_is_hidden(tmp_path):
   assert cache.meta['first_hidden'] == 2
 
 
+def test_inputs_in_a_template_are_those_of_a_masked_language_model(tmp_path, bert_file):
+  """They begin with [CLS] and hold the mask; targets are labels alone. What is cut ends too."""
+  pytest.importorskip('seqio')
+  words, template = Vocabulary(bert_file), '[MASK]. {} It'
+  cls, most = words.begins('inputs'), 24
+  cache = build(tmp_path, 'quick_start', 'validation', 20, modules=['prompt_tuning_jax.tasks'],
+                vocabulary={'file': words.file, 'extra_ids': 0}, template=template,
+                lengths={'inputs': most, 'targets': 12})
+  plain = build(tmp_path / 'plain', 'quick_start', 'validation', 20,
+                modules=['prompt_tuning_jax.tasks'], lengths={'inputs': 999, 'targets': 12},
+                vocabulary={'file': 'bytes', 'extra_ids': 0})
+  cut = 0
+  for i in range(20):
+    text = template.replace('{}', plain.row(i)['inputs'])
+    assert cache.row(i)['inputs'] == text
+    assert cache.inputs(i).tolist() == words.framed(words.encode(text), 'inputs', most)
+    assert cache.inputs(i)[0] == cls[0] and words.mask_id == cache.inputs(i)[1]
+    assert cache.targets(i).tolist() == words.framed(words.encode(plain.row(i)['targets']),
+                                                     'targets')
+    cut += len(words.encode(text)) + 2 > most
+  assert cache.meta['num_cut'] == {'inputs': cut, 'targets': 0} and 0 < cut
+  keys = [SeqioTask('quick_start', template=text).key_parts('train') for text in ('{}', template)]
+  assert keys[0] != keys[1]
+  with pytest.raises(ValueError, match="template should be a text with one '{}'"):
+    SeqioTask('quick_start', template='It was [MASK].')
+
+
 def test_targets_behind_a_sentinel(tmp_path):
   seqio = pytest.importorskip('seqio')
   vocabulary = Vocabulary(str(base_checkpoint.BUNDLED / 'mini' / 'spiece.model'))
