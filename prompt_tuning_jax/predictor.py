@@ -236,6 +236,8 @@ class Predictor:
     """The mixed batch in which every example stands with each of its prompts."""
     members = [(ids, slot) for ids, own in zip(inputs, slots, strict=True)
                for slot in control.slots(own)]
+    self._check_positions([ids for ids, _ in members], [self._max_decode_length] * len(members),
+                          [slot for _, slot in members])
     batch = batches.batch_of([ids for ids, _ in members], [NO_TARGET] * len(members),
                              [slot.virtual for _, slot in members])
     return batch, self._bank.added([slot for _, slot in members])

@@ -110,8 +110,11 @@ def logits(model: PromptedModel, params: PyTree, batch: Batch,
 
 
 def loss(model: PromptedModel, params: PyTree, batch: Batch, dropout_key: Array | None = None,
-         z_loss: float = 0.0, label_smoothing: float = 0.0) -> tuple[Array, dict[str, Array]]:
+         z_loss: float = 0.0, label_smoothing: float = 0.0, choices: Array | None = None,
+         ) -> tuple[Array, dict[str, Array]]:
   """What training lowers, and what is reported.
+
+  With `choices`, ids [C], only the first token of each target counts, and only beside these.
 
   Returns:
     (mean loss per target token in nats, z-loss and label smoothing included;
@@ -120,6 +123,11 @@ def loss(model: PromptedModel, params: PyTree, batch: Batch, dropout_key: Array 
   """
   outputs = logits(model, params, batch, dropout_key)
   targets, weights = batch['decoder_target_tokens'], batch['decoder_loss_weights']
+  if choices is not None:
+    is_choice = jnp.any(jnp.arange(outputs.shape[-1]) == choices[:, None], axis=0)
+    outputs = jnp.where(is_choice, outputs, -1e9)
+    places = batch.get('decoder_positions', jnp.arange(targets.shape[1]))
+    weights = weights * (places == 0)
   tokens = jnp.sum(weights)
   mean = lambda values: jnp.sum(values * weights) / jnp.maximum(tokens, 1)
   metrics = {'loss': mean(objectives.cross_entropy(outputs, targets)),

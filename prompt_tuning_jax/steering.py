@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from prompt_tuning_jax import objectives, prompted_model
+from prompt_tuning_jax import objectives, predictor, prompted_model
 from prompt_tuning_jax.data import batches
 from prompt_tuning_jax.prompted_model import Added, PromptedModel
 from prompt_tuning_jax.prompts.initializers import SampledVocabulary
@@ -89,8 +89,15 @@ class Steerer:
     Args:
       table: [V, D], the base's embeddings.
       numbers: of the sentences, by default their indices.
+
+    Raises:
+      ValueError: the network has too few positions, or an input too few masks.
     """
     numbers = list(range(len(targets))) if numbers is None else numbers
+    lengths = list(map(len, targets))
+    predictor.check_positions(self._config, [len(ids) + self._settings.length for ids in inputs],
+                              lengths)
+    predictor.check_masks(self._config, inputs, lengths)
     order = sorted(range(len(targets)), key=lambda i: (len(targets[i]), len(inputs[i]), i))
     size, parts = self._batch_size, []
     for begin in range(0, len(order), size):

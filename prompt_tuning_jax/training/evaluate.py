@@ -60,6 +60,21 @@ def labels_of(rows: Sequence[Mapping[str, Any]]) -> list[str] | None:
   return list(kinds.pop()) or None if len(kinds) == 1 else None
 
 
+def first_pieces(caches: Sequence[TokenCache], vocabulary: Any) -> tuple[int, ...]:
+  """The first id of each label of a task: the piece that tells which label it is.
+
+  Raises ValueError where there are several tasks, no labels, or labels that begin alike.
+  """
+  labels = labels_of(caches[0].rows) if len(caches) == 1 else None
+  if not labels:
+    raise ValueError('Expected one task whose targets are labels.')
+  ids = tuple(vocabulary.encode(label)[0] for label in labels)
+  if len(set(ids)) < len(ids):
+    raise ValueError(f'Labels need first pieces of their own, got {", ".join(labels)}: `python -m '
+                     'prompt_tuning_jax.label_words` finds words for them.')
+  return ids
+
+
 def evaluator(predictors: Sequence[Predictor], caches: Sequence[TokenCache],
               metric: str | None = None, max_examples: int | None = None,
               rank_labels: bool = True) -> 'Evaluator | MixtureEvaluator | None':

@@ -43,6 +43,12 @@ class Recipe:
     """Whether a step takes gradients; where it does not, they are zeros that cost nothing."""
     return not isinstance(self.optimizer, WordSearch) or self.optimizer.guided
 
+  @property
+  def _choices(self) -> Array | None:
+    """What a search measures first tokens among (`WordSearch.choices`)."""
+    given = self.optimizer.choices if isinstance(self.optimizer, WordSearch) else None
+    return None if given is None else jnp.asarray(given)
+
   def dropout_key(self, step: Array) -> Array:
     """The key of a step."""
     return jax.random.fold_in(jax.random.key(self.seed), step)
@@ -55,7 +61,7 @@ class Recipe:
       trainable = trainable if self.guided else jax.lax.stop_gradient(trainable)
       params = weight_changes.combined(trainable, frozen)
       return prompted_model.loss(self.model, params, batch, dropout_key, self.z_loss,
-                                 self.label_smoothing)
+                                 self.label_smoothing, self._choices)
 
     gradient = functools.partial(
         jax.grad(self.partitioner.rematerialized(loss), has_aux=True), trainable)
@@ -90,7 +96,7 @@ class Recipe:
     """What a step of search makes of (the trainable leaves, the search's state)."""
     def loss(trainable):  # The batch's, without dropout: prompts are compared.
       params = weight_changes.combined(trainable, frozen)
-      return prompted_model.loss(self.model, params, batch)[1]['loss']
+      return prompted_model.loss(self.model, params, batch, choices=self._choices)[1]['loss']
 
     table = param_paths.flatten(frozen)[self.model.network.config.embedding]
     key = jax.random.fold_in(self.dropout_key(state.step), 1)

@@ -14,7 +14,7 @@ from prompt_tuning_jax.data.token_cache import TokenCache
 from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts import initializers
 from prompt_tuning_jax.prompts.soft_prompt import SoftPrompt
-from prompt_tuning_jax.training.evaluate import labels_of
+from prompt_tuning_jax.training.evaluate import first_pieces
 from prompt_tuning_jax.training.methods import placed_tokens, save_file
 from prompt_tuning_jax.types import Array, PyTree
 
@@ -49,14 +49,7 @@ class Warp:
     if OUTPUT not in param_paths.flatten(base.params):
       raise ValueError(f'{base.name} has no {OUTPUT}: its output layer is its embedding table, '
                        'which has no vectors of its own to train.')
-    labels = labels_of(caches[0].rows) if len(caches) == 1 else None
-    if not labels:
-      raise ValueError('Verbaliser vectors are of the labels of one task of classification.')
-    columns = tuple(vocabulary.encode(label)[0] for label in labels)
-    if len(set(columns)) < len(columns):
-      raise ValueError(f'Labels need first pieces of their own, got {", ".join(labels)}: '
-                       '`python -m prompt_tuning_jax.label_words` finds words for them.')
-    return dataclasses.replace(self, columns=columns)
+    return dataclasses.replace(self, columns=first_pieces(caches, vocabulary))
 
   def model(self, config: Any) -> PromptedModel:
     """The network with the prompt before its inputs."""

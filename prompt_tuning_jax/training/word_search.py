@@ -99,11 +99,14 @@ class WordSearch:
     moves: what proposes prompts, `FirstOrder` or `Mutations`.
     keep: M, how many prompts go from step to step; `FirstOrder` changes the best alone.
     words: [W], the ids that a prompt may have; set by the method.
+    choices: [C], ids that the first token of a target is measured among (`prompted_model.loss`);
+      None measures targets as training does.
   """
 
   moves: FirstOrder | Mutations = FirstOrder()
   keep: int = 1
   words: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
+  choices: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
 
   def __post_init__(self):
     for name, count in (('keep', self.keep), ('candidates', self.moves.candidates)):

@@ -57,7 +57,7 @@ def test_what_has_no_vectors_for_labels_is_told(tmp_path, tiny_base, reviews, co
   alike.write_text(coded.read_text().replace('"dull"}', '"warm film"}'), encoding='utf-8')
   with pytest.raises(ValueError, match='Labels need first pieces of their own, got warm, warm f'):
     train(TextFile(str(alike)))
-  with pytest.raises(ValueError, match='of the labels of one task of classification'):
+  with pytest.raises(ValueError, match='Expected one task whose targets are labels'):
     train(TextFile(str(reviews), targets='text'))
   base = base_checkpoint.load_base(str(tiny_base))
   params = {path: leaf for path, leaf in param_paths.flatten(base.params).items() if path != OUTPUT}

@@ -202,6 +202,33 @@ def test_a_run_of_each(tmp_path, tiny_base, reviews, token_dir, name, capsys):
               **train.keywords)
 
 
+def test_labels_are_measured_among_themselves(tiny_base, reviews, token_dir, tmp_path):
+  """The loss is that of ranking first tokens, in a step as well."""
+  recipe, state, _ = searching(FirstOrder(4))
+  given, labels = batch(3), np.array([7, 11, 30])
+  given['decoder_target_tokens'][:, 0] = labels[[0, 1, 2, 1]]
+  recipe = dataclasses.replace(recipe, optimizer=dataclasses.replace(
+      recipe.optimizer, choices=labels))
+  params = {**base_of('t5').params, **state.trainable}
+  first = prompted_model.logits(recipe.model, params, given)[:, 0, labels]
+  exact = -jax.nn.log_softmax(first)[jnp.arange(4), jnp.array([0, 1, 2, 1])]
+  found, metrics = prompted_model.loss(recipe.model, params, given, choices=jnp.asarray(labels))
+  np.testing.assert_allclose(found, jnp.mean(exact), rtol=1e-5)
+  assert metrics['tokens'] == 4
+  np.testing.assert_allclose(metrics['accuracy'], jnp.mean(jnp.argmax(first, -1) == jnp.array(
+      [0, 1, 2, 1])))
+  before, step = float(found), make_train_step(**vars(recipe))
+  for _ in range(4):
+    state, _ = step(state, base_of('t5').params, given)
+  params = {**base_of('t5').params, **state.trainable}
+  after = prompted_model.loss(recipe.model, params, given, choices=jnp.asarray(labels))[0]
+  assert after < before
+  with pytest.raises(ValueError, match='Labels need first pieces of their own, got bad, good'):
+    run.train(TextFile(str(reviews)), {'inputs': 24, 'targets': 8}, str(tmp_path), str(tiny_base),
+              dataclasses.replace(RUNS['autoprompt'], among_labels=True), optimizers.adafactor(), 1,
+              8)
+
+
 def test_the_words_of_a_vocabulary_are_text(tiny_base, bpe_file):
   base = base_checkpoint.load_base(str(tiny_base))
   pieces = Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
@@ -224,3 +251,16 @@ def test_the_words_of_a_vocabulary_are_text(tiny_base, bpe_file):
 def test_what_cannot_be_is_told(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', ['int8', 'bfloat16'])
+def test_words_of_a_small_dtype_are_found_again(tmp_path, tiny_base, reviews, token_dir, dtype):
+  """The rows that are saved are those of the words that are named."""
+  result = run.train(TextFile(str(reviews)), {'inputs': 24, 'targets': 8}, str(tmp_path / 'run'),
+                     str(tiny_base), RUNS['autoprompt'], optimizers.adafactor(), 2, 8,
+                     parameter_dtype=dtype, inspect=False)
+  file = prompt_file.load(result['prompt'])
+  table = base_checkpoint.load_base(str(tiny_base), dtype=dtype).embedding
+  np.testing.assert_array_equal(file.params['prompt/embedding'],
+                                np.asarray(table, np.float32)[file.metadata['tokens']])
