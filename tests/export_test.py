@@ -14,6 +14,7 @@ from prompt_tuning_jax.checkpoints import base_checkpoint, hf_safetensors, promp
 from prompt_tuning_jax.checkpoints.hf_config import VocabularyFile
 from prompt_tuning_jax.checkpoints.prompt_file import EMBEDDING, PromptFile
 from prompt_tuning_jax.data.vocabulary import Vocabulary
+from prompt_tuning_jax.networks.bert import BertConfig
 from prompt_tuning_jax.networks.gpt import GPTConfig
 from prompt_tuning_jax.prompts.virtual_tokens import VirtualTokens
 
@@ -198,3 +199,15 @@ def test_help_loads_nothing_heavy():
           "print({'jax', 'numpy', 'flax', 'tensorflow'} & set(sys.modules))")
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
   assert done.stdout.strip() == 'set()'
+
+
+def test_peft_has_no_prompts_of_masked_language_models(tmp_path, bert_file, capsys):
+  vocabulary = VocabularyFile(str(bert_file), 0)
+  made = base_checkpoint.random_base(BertConfig(
+      vocab_size=120, emb_dim=8, num_heads=2, num_encoder_layers=1, head_dim=4, mlp_dim=16,
+      max_positions=32), vocabulary)
+  hf_safetensors.write(tmp_path / 'bert', made.config, made.params, vocabulary=vocabulary)
+  make_prompt(tmp_path / 'prompt.safetensors', base_checkpoint.load_base(tmp_path / 'bert'))
+  assert run(tmp_path / 'prompt.safetensors', 'peft', tmp_path / 'out',
+             f'--base={tmp_path / "bert"}') != 0
+  assert 'PEFT has no prompt tuning' in capsys.readouterr().err

@@ -112,15 +112,21 @@ def _has_space(file: str) -> bool:
   return not file_of(file).begins or bool(splitter.get('add_prefix_space'))
 
 
+def library(what: str):
+  """The tokenizers library; raises ValueError saying what is done by it where it is not installed.
+  """
+  try:
+    return importlib.import_module('tokenizers')
+  except ImportError as error:
+    raise ValueError(f'{what} by the tokenizers library: '
+                     "pip install 'prompt_tuning_jax[tokenizers]'.") from error
+
+
 @functools.lru_cache(maxsize=8)
 def loaded(file: str):
   """The library's tokenizer, which adds no special tokens; ValueError for a file of another kind.
   """
-  try:
-    tokenizers = importlib.import_module('tokenizers')
-  except ImportError as error:
-    raise ValueError(f'{file} is read by the tokenizers library: '
-                     "pip install 'prompt_tuning_jax[tokenizers]'.") from error
+  tokenizers = library(f'{file} is read')
   value = {**file_of(file).json, 'truncation': None, 'padding': None, 'post_processor': None}
   if not file_of(file).is_word_piece:
     splitter = value.get('pre_tokenizer') or {}

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterable
 
 from prompt_tuning_jax import tokenizer_file
+from prompt_tuning_jax.data.byte_level_bpe import library
 
 KINDS = ('gpt2', 'bart', 'bert')
 # BART's stand in Hugging Face's order, so that its networks' usual ids are right.
@@ -21,14 +22,14 @@ def train_tokenizer(kind: str, texts: Iterable[str], pieces: int) -> str:
 
   Raises ValueError where there is no text, or no such kind, or `pieces` are too few for the bytes.
   """
-  import tokenizers
-  from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
-
   if kind not in KINDS:
     raise ValueError(f'A vocabulary is of one of the kinds {KINDS}, got {kind!r}.')
   texts = iter(texts)
   if (first := next(texts, None)) is None:
     raise ValueError('A vocabulary needs texts to be trained on, got none.')
+  tokenizers = library('Such a vocabulary is made')
+  decoders, models, trainers = tokenizers.decoders, tokenizers.models, tokenizers.trainers
+  normalizers, pre_tokenizers = tokenizers.normalizers, tokenizers.pre_tokenizers
   if kind == 'bert':
     made = tokenizers.Tokenizer(models.WordPiece(unk_token=tokenizer_file.BERT['unk_token']))
     made.normalizer = normalizers.BertNormalizer()
@@ -51,7 +52,7 @@ def train_tokenizer(kind: str, texts: Iterable[str], pieces: int) -> str:
   made.train_from_iterator(itertools.chain([first], texts), trainer)
   begin, end = {'bart': ('<s>', '</s>'), 'bert': ('[CLS]', '[SEP]')}.get(kind, ('', ''))
   if begin:  # for those who read the file with transformers
-    made.post_processor = processors.TemplateProcessing(
+    made.post_processor = tokenizers.processors.TemplateProcessing(
         single=f'{begin} $A {end}', pair=f'{begin} $A {end} $B {end}',
         special_tokens=[(token, made.token_to_id(token)) for token in (begin, end)])
   return made.to_str()

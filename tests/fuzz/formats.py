@@ -24,7 +24,10 @@ from prompt_tuning_jax.checkpoints import (
     t5x_legacy,
 )
 from prompt_tuning_jax.data import file_digest, text_file, token_cache
+from prompt_tuning_jax.data.tokenizer_training import train_tokenizer
 from prompt_tuning_jax.data.vocabulary import Vocabulary, train_vocabulary
+from prompt_tuning_jax.networks.bart import BartConfig
+from prompt_tuning_jax.networks.bert import BertConfig
 from prompt_tuning_jax.networks.gpt import GPTConfig
 from prompt_tuning_jax.networks.parameters import parameter_specs
 from prompt_tuning_jax.networks.t5 import T5Config
@@ -37,6 +40,10 @@ T5 = T5Config(vocab_size=40, emb_dim=8, num_heads=2, num_encoder_layers=1, num_d
 GPT2 = GPTConfig(vocab_size=41, emb_dim=8, num_heads=2, num_layers=2, head_dim=4, mlp_dim=32,
                  mlp_activations=('gelu',), logits_via_embedding=True, max_positions=16,
                  use_bias=True, scale_queries=True, scale_logits=False, has_padding_row=False)
+BART = BartConfig(vocab_size=41, emb_dim=8, num_heads=2, num_encoder_layers=1,
+                  num_decoder_layers=1, head_dim=4, mlp_dim=16, max_positions=16)
+BERT = BertConfig(vocab_size=40, emb_dim=8, num_heads=2, num_encoder_layers=2, head_dim=4,
+                  mlp_dim=16, max_positions=16)
 TEXTS = [f'the {thing} is {word}, as {other} as a {thing}\t"quoted"' for thing in (
     'film', 'play', 'song') for word in ('lovely', 'dull', 'warm') for other in ('é', 'old')]
 
@@ -244,6 +251,12 @@ def _make_merges(folder: Folder):
   (folder / 'merges.txt').write_text('\n'.join(lines) + '\n', encoding='utf-8')
 
 
+def _make_words(folder: Folder):
+  folder.mkdir()
+  ids = json.loads(train_tokenizer('bert', TEXTS, 60))['model']['vocab']
+  (folder / 'vocab.txt').write_text('\n'.join(sorted(ids, key=ids.get)) + '\n', encoding='utf-8')
+
+
 def _answer(part):
   return [{'m': row['n'] * 2} for _, row in part]
 
@@ -320,6 +333,10 @@ FORMATS = {
                    True),
     'gpt2_of_transformers': Format(lambda folder: _make_transformers(folder, 'gpt2'), _weights,
                                    False, 'transformers'),
+    'bart': Format(lambda folder: hf_safetensors.write(folder, BART, _params(BART)), _weights,
+                   True),
+    'bert': Format(lambda folder: hf_safetensors.write(folder, BERT, _params(BERT)), _weights,
+                   True),
     't5x': Format(lambda folder: t5x_legacy.write(folder, _params(T5)), _weights, True),
     't5x_of_t5x': Format(_make_t5x_of_others, _weights, False),
     'token_cache': Format(_make_cache, _read_cache, True),
@@ -332,6 +349,7 @@ FORMATS = {
     'spiece': Format(_make_spiece, _read_vocabulary('spiece.model'), False),
     'tokenizer': Format(_make_tokenizer, _read_vocabulary('tokenizer.json'), False, 'tokenizers'),
     'merges': Format(_make_merges, _read_vocabulary('vocab.json'), False, 'tokenizers'),
+    'words': Format(_make_words, _read_vocabulary('vocab.txt'), False, 'tokenizers'),
     'partial': Format(_make_partial, _read_partial, True),
     'metrics': Format(_make_metrics, _read_metrics, False),
     'gin': Format(_make_gin, _read_gin, False),

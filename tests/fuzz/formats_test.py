@@ -16,13 +16,13 @@ import pytest
 
 CHILD = pathlib.Path(__file__).with_name('child.py')
 # Of formats that hold checksums, nothing else than was written may be read.
-EXACT = ('prompt', 'peft', 't5', 't5_bfloat16', 't5_shards', 'gpt2', 't5x', 'token_cache',
-         'token_cache_large', 'gzip', 'partial')
+EXACT = ('prompt', 'peft', 't5', 't5_bfloat16', 't5_shards', 'gpt2', 'bart', 'bert', 't5x',
+         'token_cache', 'token_cache_large', 'gzip', 'partial')
 # Those of others, and texts, where another text is as good: never a crash.
 OTHERS = ('npy', 't5x_of_t5x', 'jsonl', 'csv', 'tsv', 'text_task', 'spiece', 'metrics', 'gin')
 NEEDING = {'peft_of_peft': 'peft', 't5_of_transformers': 'transformers',
            'gpt2_of_transformers': 'transformers', 'tokenizer': 'tokenizers',
-           'merges': 'tokenizers'}
+           'merges': 'tokenizers', 'words': 'tokenizers'}
 ALL = (*EXACT, *OTHERS, *NEEDING)
 # A few formats in the fast run, and how many cases of each in the slow one.
 FAST, SLOW = ('prompt', 'peft', 't5', 't5x', 'token_cache', 'jsonl', 'tokenizer'), 120
