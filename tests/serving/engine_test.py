@@ -13,6 +13,8 @@ from prompt_tuning_jax.checkpoints import base_checkpoint, prompt_file
 from prompt_tuning_jax.data import batches
 from prompt_tuning_jax.data.vocabulary import Vocabulary
 from prompt_tuning_jax.decoding import stop_strings, token_choice
+from prompt_tuning_jax.networks.bart import BartConfig
+from prompt_tuning_jax.networks.bert import BertConfig
 from prompt_tuning_jax.networks.gpt import GPTConfig
 from prompt_tuning_jax.prompt_bank import PromptBank
 from prompt_tuning_jax.prompted_model import PromptedModel
@@ -20,6 +22,7 @@ from prompt_tuning_jax.serving import engine as engine_module
 from prompt_tuning_jax.serving.engine import Engine, EngineSettings
 from prompt_tuning_jax.serving.prompt_folder import PromptFolder
 from prompt_tuning_jax.serving.requests import (
+  BadRequest,
   Classification,
   Failed,
   Finished,
@@ -54,7 +57,8 @@ class Offline:
 
   def _ids(self, inputs):
     text = isinstance(inputs, str)
-    return [*self.vocabulary.encode(inputs), self.vocabulary.eos_id] if text else list(inputs)
+    words = self.vocabulary
+    return words.framed(words.encode(inputs), 'inputs') if text else list(inputs)
 
   def texts(self, bank, request):
     """[(text, reason, log p)] of each choice."""
@@ -79,8 +83,8 @@ class Offline:
 
   def scores(self, bank, request, ids=None):
     slot = bank.slot(None if request.model == self.base.name else request.model)
-    eos = self.vocabulary.eos_id
-    labels = [[*self.vocabulary.encode(label), eos] for label in request.labels]
+    words = self.vocabulary
+    labels = [words.framed(words.encode(label), 'targets') for label in request.labels]
     beside = batches.side_by_side([labels], LABELS)
     found = self._rank(self.model, self.base.params,
                        self._row(slot, ids or self._ids(request.inputs)), beside['candidates'],
@@ -90,7 +94,8 @@ class Offline:
   def classes(self, bank, request):
     """(log p, probabilities)."""
     raw, lengths = self.scores(bank, request)
-    alone, nothing = dataclasses.replace(request, model=self.base.name), [self.vocabulary.eos_id]
+    alone = dataclasses.replace(request, model=self.base.name)
+    nothing = self.vocabulary.framed([], 'inputs')
     prior = self.scores(bank, alone, nothing)[0] if request.calibrated else 0
     scores = np.exp((raw - prior) / lengths if request.length_normalized else raw - prior)
     return raw, scores / np.sum(scores)
@@ -409,16 +414,27 @@ def test_prompts_whose_programs_fail_to_compile_are_refused_and_the_old_go_on(
   check(offline, served.bank, request, run(made, lambda: events_of(made.submit(request))))
 
 
-def test_a_network_without_an_encoder(bpe_file):
-  config = GPTConfig(vocab_size=320, emb_dim=8, num_heads=2, num_layers=1, head_dim=4, mlp_dim=16,
-                     max_positions=LONGEST + DECODED + 4)
-  offline = Offline(base_checkpoint.random_base(config, str(bpe_file)))
+@pytest.mark.parametrize('kind', ['gpt', pytest.param('bart', marks=pytest.mark.slow),
+                                  pytest.param('bert', marks=pytest.mark.slow)])
+def test_other_networks(kind, bpe_file, bart_file, bert_file):
+  """Without an encoder, with learned positions, without a decoder."""
+  shape = dict(vocab_size=320, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=16)
+  config, file = {
+      'gpt': (GPTConfig(**shape, num_layers=1, max_positions=LONGEST + DECODED + 4), bpe_file),
+      'bart': (BartConfig(**shape, num_encoder_layers=1, num_decoder_layers=1,
+                          max_positions=LONGEST + 4), bart_file),
+      'bert': (BertConfig(**shape, num_encoder_layers=1, max_positions=LONGEST + 4), bert_file),
+  }[kind]
+  offline = Offline(base_checkpoint.random_base(config, str(file)))
   files = {'one': prompt(offline.base, 4, 0), 'two': prompt(offline.base, 2, 1)}
   made = make(offline, None, files, batch_sizes=(4,), widths=(32,))
   name = offline.base.name
+  masks = (offline.base.config.mask_id,) * 4 if kind == 'bert' else ()
   requests = [dataclasses.replace(request, labels=('a', 'is')) if hasattr(request, 'labels')
               else request for request in random_requests([name, *files], 40, seed=3)
               if isinstance(request.inputs, tuple)]
+  requests = [dataclasses.replace(request, inputs=(*masks, *request.inputs[len(masks):]))
+              for request in requests if not masks or not getattr(request, 'calibrated', False)]
 
   async def work():
     return await asyncio.gather(*(events_of(made.submit(request)) for request in requests))
@@ -427,6 +443,10 @@ def test_a_network_without_an_encoder(bpe_file):
     check(offline, made._served.bank, request, events)
   with pytest.raises(ValueError, match='positions'):
     make(offline, None, {'long': prompt(offline.base, 6, 0)})
+  if kind == 'bert':
+    request = Classification(name, (7, 8), labels=('a', 'is'))
+    with pytest.raises(BadRequest, match='An input has 0 masks'):
+      made._accepts.rows(request, made._served, [7, 8])
 
 
 def test_settings_that_cannot_be(offline):
