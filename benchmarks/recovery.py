@@ -28,7 +28,7 @@ def main():
   add('--lengths', type=int, nargs='+', default=[8, 12, 16], help='pieces of a sentence')
   add('--vectors', type=int, nargs='+', default=[1, 4, 16])
   add('--of_each', type=int, default=8, help='sentences of a length')
-  add('--steps', type=int, default=300)
+  add('--steps', type=int, default=500)
   add('--learning_rate', type=float, default=4.0)
   add('--output', type=pathlib.Path, required=True)
   flags = parser.parse_args()

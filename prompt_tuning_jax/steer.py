@@ -73,8 +73,8 @@ def main(argv: list[str]) -> int:
   add('--folder', required=True, type=verb.path, metavar='FOLDER', help='for the prompt files')
   add('--length', type=int, default=1, metavar='N', help='vectors of each row (default 1)')
   add('--steps', type=int, default=500, metavar='N', help='at most (default 500)')
-  add('--learning_rate', type=float, default=1.0, metavar='RATE',
-      help="Adam's, which falls to 0 (default 1)")
+  add('--learning_rate', type=float, default=4.0, metavar='RATE',
+      help="Adam's, which falls to 0 (default 4)")
   add('--seed', type=int, default=0, metavar='N', help='decides the words to start from')
   made.set_defaults(prompts={})  # A bank without any: what is found could stand in it.
   return verb.run(made, argv, steer)

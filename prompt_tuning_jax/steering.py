@@ -39,7 +39,7 @@ class Settings:
 
   length: int = 1
   steps: int = 500
-  learning_rate: float = 1.0
+  learning_rate: float = 4.0
   margin: float = 0.01
   seed: int = 0
 
