@@ -33,7 +33,7 @@ def parser():
   add('--max_decode_length', type=int, default=64, metavar='TOKENS')
   add('--network', metavar='NAME', help='such as t5_1_1_base, for a T5X folder')
   add('--vocabulary', type=verb.path, metavar='FILE',
-      help="the base's SentencePiece file (or GPT-2's tokenizer.json), if not beside it")
+      help="the base's SentencePiece file, tokenizer.json or vocab.txt, if not beside it")
   return made
 
 

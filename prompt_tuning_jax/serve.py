@@ -27,7 +27,7 @@ def parser():
            'is named as its file')
   add('--network', metavar='NAME', help='such as t5_1_1_base, for a T5X folder')
   add('--vocabulary', type=verb.path, metavar='FILE',
-      help="the base's SentencePiece file (or GPT-2's tokenizer.json), if not beside it")
+      help="the base's SentencePiece file, tokenizer.json or vocab.txt, if not beside it")
   verb.dtype_flags(add)
   add('--host', default='127.0.0.1', help='default 127.0.0.1: this machine alone')
   add('--port', type=int, default=8000, help='default 8000; 0 takes a free one')

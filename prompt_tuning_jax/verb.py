@@ -33,7 +33,7 @@ def parser(name: str, description: str, bank: str = '') -> argparse.ArgumentPars
         help='of prompt files: ' + bank)
   add('--network', metavar='NAME', help='such as t5_1_1_base, for a T5X folder')
   add('--vocabulary', type=path, metavar='FILE',
-      help="the base's SentencePiece file (or GPT-2's tokenizer.json), if not beside it")
+      help="the base's SentencePiece file, tokenizer.json or vocab.txt, if not beside it")
   dtype_flags(add)
   add('--batch_size', type=int, default=32, metavar='N')
   add('--model_parallelism', type=int, default=1, metavar='N',

@@ -15,8 +15,8 @@ CHOSEN = 0.15  # BERT: of the tokens, …
 MASKED, RANDOM = 0.8, 0.1  # … of which so many become a mask or a random piece; others stay.
 INFILLED = 0.3  # BART: of the tokens, in spans of …
 MEAN_SPAN_LENGTH = 3.0  # … lengths from a Poisson distribution with this mean.
-# A sentence is its last mark, the quotes and brackets that close behind it, and spaces.
-SENTENCE_END = re.compile(r'[.!?…]["\'”’)\]*_]*\s+')
+# A sentence ends with a mark and the quotes and brackets that close behind it, before spaces.
+SENTENCE_END = re.compile(r'[.!?…]["\'”’)\]*_]*(?=\s+\S)')
 
 
 def masked_tokens(tokens: np.ndarray, rng: np.random.Generator, mask_id: int,
@@ -90,7 +90,10 @@ def text_infilling(tokens: np.ndarray, rng: np.random.Generator, mask_id: int,
 
 
 def sentences(text: str) -> list[str]:
-  """The sentences of a text, each with the spaces behind it: joined, they are the text."""
+  """The sentences of a text, each with the spaces before it: joined, they are the text.
+
+  A space belongs to the word behind it, in the pieces of byte-level BPE.
+  """
   ends = [match.end() for match in SENTENCE_END.finditer(text)]
   edges = [0, *ends, len(text)]
   return [text[i:j] for i, j in zip(edges, edges[1:], strict=False) if j > i]

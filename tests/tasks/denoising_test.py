@@ -98,9 +98,9 @@ def test_infilling_is_as_likely_everywhere():
 def test_sentences_by_hand():
   text = 'He came.  "Why not?" she said!\nMr. X went… (So it is.) No end'
   assert denoising.sentences(text) == [
-      'He came.  ', '"Why not?" ', 'she said!\n', 'Mr. ', 'X went… ', '(So it is.) ', 'No end']
+      'He came.', '  "Why not?"', ' she said!', '\nMr.', ' X went…', ' (So it is.)', ' No end']
   assert denoising.sentences('') == []
-  assert denoising.sentences('3.5 of it.') == ['3.5 of it.']
+  assert denoising.sentences('3.5 of it.\n ') == ['3.5 of it.\n ']
 
 
 def test_permutation_keeps_sentences_whole():

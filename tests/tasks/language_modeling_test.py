@@ -274,10 +274,10 @@ GOLDEN = {  # The second row of local_text/wiki's validation split, at most 120 
         '3_0_4 A.2d 43_0_, 441_0_n._0_ _0_C. 1993), which cites Ruddi_0_re_0_s admo_0_on to "blow'
         '_0_ur _0__0_t"_0_ A productio_0__0_ud</s>', PASSAGE),
     'sentence_permutation': (
-        '1993), which cites Ruddigore\'s admonition to "blow your own trumpet". 34 A.2d 433, 441 '
+        ' 1993), which cites Ruddigore\'s admonition to "blow your own trumpet".34 A.2d 433, 441 '
         'fn. 1 (D.C. A production of "Rud</s>', PASSAGE),
     'bart_denoising': (
-        '_0_19_0_ which cites Ruddigore\'s_0_nition t_0_ _0_w your own tru_0_". 34 _0__0__0_ 441 '
+        '_0_ 1_0_, which cites Ruddigore\'_0_onition _0_o_0_ow your own tr_0_t".34 _0__0__0_ 441 '
         'fn. _0_.C. A _0_duction of "R_0_</s>', PASSAGE),
 }
 
