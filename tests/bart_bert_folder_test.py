@@ -99,6 +99,7 @@ def test_scores_are_those_of_transformers(kind, folders, theirs, tmp_path, rows)
   np.testing.assert_allclose(found, [log_likelihood(theirs, kind, row) for row in rows], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_barts_texts_are_those_of_transformers(folders, theirs, tmp_path, rows):
   model, words = theirs['bart']
   found = [row['prediction'] for row in answers(infer, folders['bart'], tmp_path, rows, 'bart',
@@ -121,7 +122,7 @@ def test_berts_texts_are_the_best_at_their_masks(folders, theirs, tmp_path, rows
 
 
 @pytest.mark.parametrize(('kind', 'name'), [
-    pytest.param('bart', 'prompt', marks=pytest.mark.slow), ('bert', 'prompt'),
+    pytest.param('bert', 'prompt', marks=pytest.mark.slow),
     pytest.param('bart', 'prefix', marks=pytest.mark.slow)])
 def test_a_prompt_and_prefixes_are_trained_saved_and_measured_again(
     kind, name, folders, tmp_path, reviews, monkeypatch):
