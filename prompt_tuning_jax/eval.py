@@ -19,8 +19,13 @@ Answered = tuple[str, dict[str, float], list[dict[str, Any]]]
 
 def evaluate(flags, prompted) -> None:
   """Prints the metrics; writes every example with its prediction to flags.output."""
+  import dataclasses
+
   from prompt_tuning_jax.checkpoints.atomic_write import atomic_file
+  from prompt_tuning_jax.predictor import DecodingSettings
   from prompt_tuning_jax.training import ensemble
+  prompted = dataclasses.replace(prompted, predictor=prompted.predictor.decoding(
+      DecodingSettings(num_beams=flags.num_beams, length_penalty=flags.length_penalty)))
   name, values, rows = (_task if flags.task else _file)(flags, prompted)
   if flags.prompts:
     print(ensemble.table(values), file=sys.stderr)
@@ -42,6 +47,7 @@ def _task(flags, prompted) -> Answered:
   lengths = {'inputs': flags.max_input_length, 'targets': flags.max_decode_length}
   cache = token_cache.open_or_build(task, task.eval_split, prompted.vocabulary, lengths)
   evaluator = Evaluator(prompted.predictor, cache, rank_labels=not flags.decode)
+  _check_search(flags, evaluator.choices)
   if prompted.bank:
     values = evaluator.ensemble(prompted.params, prompted.bank)[1]
   else:
@@ -70,6 +76,7 @@ def _file(flags, prompted) -> Answered:
       raise ValueError(f'{place}: the target {target!r} is none of the labels {labels}.')
   measured = metrics.accuracy if labels else metrics.exact_match
   choices = [labels] * len(inputs) if labels and not flags.decode else None
+  _check_search(flags, choices)
   predictor, params = prompted.predictor, prompted.params
   if prompted.bank:
     given = ensemble.answers(predictor, params, prompted.bank, inputs, choices)
@@ -86,6 +93,12 @@ def _file(flags, prompted) -> Answered:
   answered = [{**row, 'prediction': text} for (_, row), text in zip(rows, predictions, strict=True)]
   name = pathlib.Path(flags.input).name.removesuffix('.gz')
   return pathlib.Path(name).stem, {'examples': len(rows), **values}, answered
+
+
+def _check_search(flags, choices: Sequence[Sequence[str]] | None) -> None:
+  if choices and flags.num_beams > 1:
+    raise ValueError('--num_beams is of texts that are generated, and these labels are ranked: add '
+                     '--decode, or leave it out.')
 
 
 def _target(prompted, place: str, row: dict[str, Any], labels: Sequence[str]) -> str:
@@ -110,7 +123,7 @@ def _told(prompted) -> list[str] | None:
 
 def main(argv: list[str]) -> int:
   """Returns the exit status."""
-  made = verb.parser('eval', ABOUT, bank='an ensemble, all of one task')
+  made = verb.search_flags(verb.parser('eval', ABOUT, bank='an ensemble, all of one task'))
   what = made.add_mutually_exclusive_group(required=True)
   what.add_argument('--input', type=verb.path, metavar='FILE.jsonl',
                     help='one JSON object a line (or .csv, .tsv; also .gz)')

@@ -136,6 +136,7 @@ class Predictor:
     self._vocabulary, self._virtual, self._bank = vocabulary, virtual, bank
     self._batch_size, self._partitioner = batch_size, partitioner
     self._config, self._max_decode_length = model.network.config, max_decode_length
+    self._decoding = DecodingSettings()
     # Answers are whole on every device, so that each of several processes has all of them.
     jit = lambda function, *static: partitioner.jit(
         functools.partial(function, model), static_argnames=static,
@@ -152,6 +153,12 @@ class Predictor:
     """The same predictor, nothing compiled anew, with another prompt's ids in the inputs."""
     other = copy.copy(self)
     other._virtual = virtual
+    return other
+
+  def decoding(self, settings: DecodingSettings) -> 'Predictor':
+    """The same predictor, whose `generate` takes these settings."""
+    other = copy.copy(self)
+    other._decoding = settings
     return other
 
   def rank(self, params: PyTree, inputs: Sequence[Tokens], choices: Sequence[Sequence[str]],
@@ -197,8 +204,8 @@ class Predictor:
 
   def generate(self, params: PyTree, inputs: Sequence[Tokens],
                slots: Sequence[Slot] | None = None) -> list[str]:
-    """The most probable text, token by token, of each input."""
-    found = self.generate_with(params, inputs, DecodingSettings(), slots)
+    """A text of each input: greedily, or as `decoding` says the first of several."""
+    found = self.generate_with(params, inputs, self._decoding, slots)
     return [texts[0].text for texts in found]
 
   def generate_with(self, params: PyTree, inputs: Sequence[Tokens], decoding: DecodingSettings,

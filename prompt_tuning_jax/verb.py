@@ -52,12 +52,18 @@ def dtype_flags(add: Callable) -> None:
       help="of the base's parameters, if not --dtype; int8 takes a quarter of float32's memory")
 
 
-def decoding_flags(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
-  """The flags of verbs that generate text (`predictor.DecodingSettings`)."""
+def search_flags(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
+  """The flags of beam search."""
   add = made.add_argument
   add('--num_beams', type=int, default=1, metavar='N', help='beam search of this width')
   add('--length_penalty', type=float, default=0.6, metavar='ALPHA',
       help="of beams, T5X's: log p / ((5 + n) / 6) ** ALPHA (default 0.6)")
+  return made
+
+
+def decoding_flags(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
+  """The flags of verbs that generate text (`predictor.DecodingSettings`)."""
+  add = search_flags(made).add_argument
   add('--temperature', type=float, default=0.0, metavar='T',
       help='draw tokens; 0 (default) takes the most probable')
   add('--top_k', type=int, default=0, metavar='K', help='draw from the K most probable tokens')

@@ -109,6 +109,20 @@ def test_eval_without_a_prompt_finds_labels(tmp_path, tiny_base, rows, capsys):
   assert 'exact_match' in evaluated(capsys, *command, write(tmp_path / 'b.jsonl', different))
 
 
+def test_eval_searches_with_beams_as_infer_does(tmp_path, tiny_base, base, rows, capsys):
+  prompt = make_prompt(tmp_path / 'prompt.safetensors', base, labels=['good', 'bad'])
+  command = ['--base', str(tiny_base), '--prompt', prompt, '--max_decode_length', '4',
+             '--num_beams', '3', '--input', write(tmp_path / 'rows.jsonl', rows)]
+  evaluated(capsys, *command, '--decode', '--output', str(tmp_path / 'of_eval'))
+  assert infer.main([*command, '--output', str(tmp_path / 'of_infer')]) == 0
+  found, expected = ([row['prediction'] for row in read(tmp_path / name)]
+                     for name in ('of_eval', 'of_infer'))
+  assert found == expected
+  capsys.readouterr()
+  assert eval_verb.main(command) == 1
+  assert 'these labels are ranked: add --decode' in one_line(capsys)
+
+
 def test_eval_names_the_row_of_a_target_that_is_no_label(tmp_path, tiny_base, base, rows, capsys):
   prompt = make_prompt(tmp_path / 'prompt.safetensors', base, labels=['good', 'bad'])
   source = write(tmp_path / 'rows.jsonl', [*rows[:2], {**rows[0], 'targets': 'dull'}])

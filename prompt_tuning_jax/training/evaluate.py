@@ -143,7 +143,7 @@ class Evaluator:
     if not self._functions:
       raise ValueError(f'{self.task} is measured by its loss: an ensemble needs answers.')
     inputs = [self._cache.inputs(i) for i in range(self._count)]
-    given = ensemble.answers(self._predictor, params, bank, inputs, self._choices)
+    given = ensemble.answers(self._predictor, params, bank, inputs, self.choices)
     self._texts = given.majority_vote
     return given, ensemble.report(given, self._metrics,
                                   lambda values: Evaluation(self.metric, values).rank)
@@ -167,13 +167,13 @@ class Evaluator:
     return {'loss': loss, 'perplexity': float(np.exp(min(loss, 700.0)))}
 
   @property
-  def _choices(self) -> list[list[str]] | None:
+  def choices(self) -> list[list[str]] | None:
     """What is ranked for each example; None where texts are generated."""
     choices = [row.get('choices') for row in self._rows]
     return choices if self._rank_labels and all(choices) else None
 
   def _answers(self, params: PyTree, inputs: list[np.ndarray]) -> list[str]:
-    if choices := self._choices:
+    if choices := self.choices:
       ranked = self._predictor.rank(params, inputs, choices)
       return [options[int(np.argmax(scores))]
               for options, scores in zip(choices, ranked, strict=True)]
