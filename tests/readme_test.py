@@ -24,7 +24,7 @@ COMMANDS = [shlex.split(line, comments=True)
 def test_training_commands_are_understood(command, tmp_path, monkeypatch):
   """All but what they read: a data file named in a command is made here."""
   monkeypatch.chdir(tmp_path)
-  for name in ('train.jsonl', 'dev.jsonl', 'spiece.model', 'tokenizer.json'):
+  for name in ('train.jsonl', 'dev.jsonl', 'words.jsonl', 'spiece.model', 'tokenizer.json'):
     (tmp_path / name).write_text('{"text": "a", "label": "b"}\n')
   assert launch.train([*command[3:], '--dry_run']) == 0
 
