@@ -41,6 +41,7 @@ from prompt_tuning_jax.types import Array, PyTree
 logger = logging.getLogger(__name__)
 
 ADDED = ('prompt', 'prefix', 'adapter')  # what `PromptedModel` has beside the network
+Parts = tuple[dict[str, Any], VirtualTokens | None, PyTree]  # modules, ids of the prompt, leaves
 CACHE = pathlib.Path('~/.cache/prompt_tuning_jax/t5x')
 
 
@@ -52,11 +53,14 @@ def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @functools.lru_cache(maxsize=4)
 def open_base(base: str, network: Any = None, vocabulary: str | None = None) -> Base:
-  """The base and its vocabulary, its leaves still in the checkpoint; ValueError where one lacks."""
+  """The base and its vocabulary, its leaves still in the checkpoint; ValueError if not for T5X."""
   opened = base_checkpoint.open_base(base, config=network, vocabulary_file=vocabulary)
   if opened.vocabulary is None:
     raise ValueError(f'The base {base} brings no vocabulary: give its file with --gin.VOCABULARY, '
                      'in quotes, or --gin_file=vocabulary/t5.gin.')
+  if any(map(words_of(opened).begins, ('inputs', 'targets'))) or hasattr(opened.config, 'mask_id'):
+    raise ValueError("Under T5X bases are T5s and decoder-only networks, without BART's or BERT's "
+                     f'vocabulary: {base} is for our own trainer, prompt_tuning_jax.train.')
   return opened
 
 
@@ -231,10 +235,9 @@ def model(base: str, method: Any = None, optimizer: optax.GradientTransformation
   opened = open_base(base, network, vocabulary)
   config = dataclasses.replace(opened.config, dropout_rate=dropout_rate, dtype=dtype,
                                remat_policy=remat_policy)
-  if method is not None:
-    modules, virtual, added = _of_method(method, opened, config, seed)
-  else:
-    modules, virtual, added = _of_file(prompt, opened, config) if prompt else ({}, None, {})
+  modules, virtual, added = (
+      _of_method(method, opened, config, seed) if method is not None else
+      _of_file(prompt, opened, config) if prompt else ({}, None, {}))
   words = words_of(opened).as_seqio()
   return Model(
       Module(config.network(), **modules), words, words,
@@ -244,8 +247,7 @@ def model(base: str, method: Any = None, optimizer: optax.GradientTransformation
       added=added, default_decoder_params=models.DecoderParams(num_decodes=num_decodes))
 
 
-def _of_method(method: Any, base: Base, config: Any,
-               seed: int) -> tuple[dict[str, Any], VirtualTokens | None, PyTree]:
+def _of_method(method: Any, base: Base, config: Any, seed: int) -> Parts:
   """(modules, the prompt's ids, initial leaves) of what a method adds."""
   virtual = method.virtual_tokens(config.vocab_size)
   if (any(pattern.split('/')[0] not in ADDED for pattern in method.trainable)
@@ -257,8 +259,7 @@ def _of_method(method: Any, base: Base, config: Any,
   return modules, virtual, method.initial(jax.random.key(seed), base, words_of(base))
 
 
-def _of_file(path: str, base: Base,
-             config: Any) -> tuple[dict[str, Any], VirtualTokens | None, PyTree]:
+def _of_file(path: str, base: Base, config: Any) -> Parts:
   """(modules, the prompt's ids, leaves) of a prompt file."""
   file = prompt_file.load(path)
   prompt_file.check(file, base)

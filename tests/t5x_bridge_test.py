@@ -23,6 +23,8 @@ from prompt_tuning_jax import optimizers, param_paths, prompted_base, prompted_m
 from prompt_tuning_jax.checkpoints import base_checkpoint, prompt_file, t5x_legacy
 from prompt_tuning_jax.data import batches, token_cache
 from prompt_tuning_jax.data.text_file import TextFile
+from prompt_tuning_jax.networks.bart import BartConfig
+from prompt_tuning_jax.networks.bert import BertConfig
 from prompt_tuning_jax.networks.gpt import GPTConfig
 from prompt_tuning_jax.prompts.virtual_tokens import PLACEMENTS, VirtualTokens
 from prompt_tuning_jax.training import run
@@ -383,6 +385,18 @@ def test_what_does_not_fit_is_told(tiny, decoder_only, test_assets):
   with pytest.raises(ValueError, match='TRAIN_STEPS counts those of'):
     t5x_bridge.own_steps(7, decoder_only)
   assert t5x_bridge.own_steps(10, decoder_only) == 3 and t5x_bridge.own_steps(10, tiny) == 10
+
+
+@pytest.mark.parametrize('network', [BartConfig, BertConfig])
+def test_a_base_whose_inputs_have_another_form_is_refused(network, tmp_path, request):
+  is_bart = network is BartConfig
+  file = request.getfixturevalue('bart_file' if is_bart else 'bert_file')
+  config = network(vocab_size=320, emb_dim=8, num_heads=2, num_encoder_layers=1, head_dim=4,
+                   mlp_dim=16, max_positions=40, **({'num_decoder_layers': 1} if is_bart else {}))
+  base = base_checkpoint.random_base(config, str(file))
+  base_checkpoint.write(tmp_path / 'base', base.config, base.params, vocabulary=base.vocabulary)
+  with pytest.raises(ValueError, match='bases are T5s and decoder-only networks.* our own trainer'):
+    t5x_bridge.model(str(tmp_path / 'base'), PromptTuning(length=2))
 
 
 @pytest.mark.slow

@@ -151,6 +151,8 @@ def main(argv: Sequence[str]) -> int:
     made.error(f'there are the findings {", ".join(ALL)}, not {", ".join(sorted(unknown))}.')
   if wrong := [flag for flag in extra if not flag.startswith('--gin')]:
     made.error(f'{" ".join(wrong)}: only --gin… flags are handed to train.')
+  if wrong := [text for text in flags.bases if not all(text.partition('='))]:
+    made.error(f'--bases takes NAME=FOLDER, such as 0=SPAN, not {", ".join(map(repr, wrong))}.')
   if not flags.findings and not flags.front:
     made.error(f'name a finding: {", ".join(ALL)}; or --front.')
   output = flags.output.expanduser().resolve()

@@ -144,7 +144,8 @@ def scores(arm: Arm, seeds: Sequence[int], output: pathlib.Path,
     together = [_ensemble(arm, seeds[i:i + arm.ensemble], output)
                 for i in range(0, len(seeds) - arm.ensemble + 1, arm.ensemble)]
     for name in ('average', 'best', 'majority_vote', 'mean_probability'):
-      yield name.replace('_', ' '), [result[name][result['metric']] for result in together]
+      yield name.replace('_', ' '), [
+          result and result[name][result['metric']] for result in together]
     return
   yield arm.name, [record['report'].get('best_value') for record in records]
   for name, measure in arm.measures.items():
@@ -180,16 +181,19 @@ def _measured(arm: Arm, seed: int, output: pathlib.Path, measure: Mapping[str, A
   return record['measures'][key]
 
 
-def _ensemble(arm: Arm, seeds: Sequence[int], output: pathlib.Path) -> dict[str, Any]:
-  """`training.ensemble.report` of the prompts from these seeds."""
+def _ensemble(arm: Arm, seeds: Sequence[int], output: pathlib.Path) -> dict[str, Any] | None:
+  """`training.ensemble.report` of the prompts from these seeds; None where one of them diverged."""
   folders = [arm.folder(output, seed) for seed in seeds]
+  reports = {f'seed_{seed}': _read(folder)['report']
+             for seed, folder in zip(seeds, folders, strict=True)}
+  if any('diverged' in report for report in reports.values()):
+    return None
   named = hashlib.sha256(' '.join(folder.name for folder in folders).encode()).hexdigest()[:16]
   folder = output / 'ensembles' / named
   if not (folder / 'ensemble.json').exists():
     folder.mkdir(parents=True, exist_ok=True)
     run.evaluate_ensemble(
-        {f'seed_{seed}': _read(own)['report']['prompt']
-         for seed, own in zip(seeds, folders, strict=True)}, folder,
+        {name: report['prompt'] for name, report in reports.items()}, folder,
         **many_runs.configured(arm.command(output, seeds[0])))
   return json.loads((folder / 'ensemble.json').read_text('utf-8'))
 

@@ -87,6 +87,33 @@ def test_a_base_and_a_part_that_are_missing_are_told():
     runs.arms_of(SETTINGS, 'prompt_length', BASES, task='sst3')
 
 
+@pytest.mark.parametrize('text', ['foo', '=foo', '0='])
+def test_a_base_without_a_name_or_a_folder_is_told(text, capsys):
+  with pytest.raises(SystemExit):
+    findings.main(['adaptation', '--bases', '10=there', text])
+  assert f"--bases takes NAME=FOLDER, such as 0=SPAN, not '{text}'." in capsys.readouterr().err
+
+
+def test_an_ensemble_with_a_diverged_member_has_no_score(tmp_path, monkeypatch):
+  arm = runs.Arm('4', (), BASE, ensemble=2)
+  for seed, report in enumerate(({'prompt': 'a'}, {'diverged': 'nan'}, {'prompt': 'b'},
+                                 {'prompt': 'c'})):
+    folder = arm.folder(tmp_path, seed)
+    folder.mkdir(parents=True)
+    (folder / 'run.json').write_text(json.dumps({'report': report}))
+
+  def evaluated(prompts, folder):
+    assert prompts == {'seed_2': 'b', 'seed_3': 'c'}
+    names = ('average', 'best', 'majority_vote', 'mean_probability')
+    (folder / 'ensemble.json').write_text(json.dumps(
+        {'metric': 'accuracy', **{name: {'accuracy': 50.} for name in names}}))
+
+  monkeypatch.setattr(run, 'evaluate_ensemble', evaluated)
+  monkeypatch.setattr(many_runs, 'configured', lambda command: {})
+  scores = dict(runs.scores(arm, range(4), tmp_path))
+  assert scores['best'] == scores['majority vote'] == [None, 50.] and len(scores) == 4
+
+
 def test_a_picture_has_a_line_for_each_series_at_each_place():
   score = {'mean': 1., 'values': [1.], 'deviation': None}
   places, lines = pictures.series({name: score for name in ('a@x', 'a@y', 'b@y', 'b@y/far')})
