@@ -174,9 +174,11 @@ def _decoded(next_logits: Any, decoding: Decoding, examples: int, repeats: int, 
 
 
 def bag(vocabulary: Any, words: Sequence[str]) -> tuple[int, ...]:
-  """The ids of words; of one that has several pieces the first."""
-  pieces = [vocabulary.encode(word) for word in words]
+  """The ids of words, as they stand within a text; ValueError for one that is no piece whole."""
+  before = '' if vocabulary.leading_spaces else ' '
+  pieces = [vocabulary.encode(before + word) for word in words]
   for word, ids in zip(words, pieces, strict=True):
-    if not ids or vocabulary.unk_id in ids:
-      raise ValueError(f'The vocabulary does not have the word {word!r}.')
-  return tuple(sorted({ids[0] for ids in pieces}))
+    if len(ids) != 1 or vocabulary.unk_id in ids:
+      raise ValueError(f'The vocabulary has no piece for the word {word!r}: take words that it '
+                       f'writes in one, not as {[vocabulary.piece(piece) for piece in ids]}.')
+  return tuple(sorted({piece for [piece] in pieces}))

@@ -26,6 +26,9 @@ def evaluate(flags, prompted) -> None:
   from prompt_tuning_jax.training import ensemble
   prompted = dataclasses.replace(prompted, predictor=prompted.predictor.decoding(
       DecodingSettings(num_beams=flags.num_beams, length_penalty=flags.length_penalty)))
+  for flag in ('split', 'modules', 'template', 'sentinel') if flags.input else ():
+    if getattr(flags, flag):
+      raise ValueError(f'--{flag} belongs to --task; the rows of --input are taken as they are.')
   name, values, rows = (_task if flags.task else _file)(flags, prompted)
   if flags.prompts:
     print(ensemble.table(values), file=sys.stderr)
@@ -41,13 +44,12 @@ def _task(flags, prompted) -> Answered:
   from prompt_tuning_jax.data import token_cache
   from prompt_tuning_jax.data.seqio_task import SeqioTask
   from prompt_tuning_jax.training.evaluate import Evaluator
-  task = SeqioTask(flags.task, eval_split=flags.split, sentinel=flags.sentinel,
-                   template=flags.template,
-                   modules=tuple(flags.modules))
+  task = SeqioTask(flags.task, eval_split=flags.split or 'validation', sentinel=flags.sentinel,
+                   template=flags.template or '{}', modules=tuple(flags.modules))
   lengths = {'inputs': flags.max_input_length, 'targets': flags.max_decode_length}
   cache = token_cache.open_or_build(task, task.eval_split, prompted.vocabulary, lengths)
   evaluator = Evaluator(prompted.predictor, cache, rank_labels=not flags.decode)
-  _check_search(flags, evaluator.choices)
+  _check_search(flags, evaluator.generates)
   if prompted.bank:
     values = evaluator.ensemble(prompted.params, prompted.bank)[1]
   else:
@@ -76,7 +78,7 @@ def _file(flags, prompted) -> Answered:
       raise ValueError(f'{place}: the target {target!r} is none of the labels {labels}.')
   measured = metrics.accuracy if labels else metrics.exact_match
   choices = [labels] * len(inputs) if labels and not flags.decode else None
-  _check_search(flags, choices)
+  _check_search(flags, choices is None)
   predictor, params = prompted.predictor, prompted.params
   if prompted.bank:
     given = ensemble.answers(predictor, params, prompted.bank, inputs, choices)
@@ -95,10 +97,10 @@ def _file(flags, prompted) -> Answered:
   return pathlib.Path(name).stem, {'examples': len(rows), **values}, answered
 
 
-def _check_search(flags, choices: Sequence[Sequence[str]] | None) -> None:
-  if choices and flags.num_beams > 1:
-    raise ValueError('--num_beams is of texts that are generated, and these labels are ranked: add '
-                     '--decode, or leave it out.')
+def _check_search(flags, generates: bool) -> None:
+  if flags.num_beams > 1 and not generates:
+    raise ValueError('--num_beams is of texts that are generated: here labels are ranked (--decode '
+                     'generates them) or the loss is measured.')
 
 
 def _target(prompted, place: str, row: dict[str, Any], labels: Sequence[str]) -> str:
@@ -128,10 +130,10 @@ def main(argv: list[str]) -> int:
   what.add_argument('--input', type=verb.path, metavar='FILE.jsonl',
                     help='one JSON object a line (or .csv, .tsv; also .gz)')
   what.add_argument('--task', metavar='NAME', help='a SeqIO task, such as sst2')
-  made.add_argument('--split', default='validation', help="the task's split (default validation)")
+  made.add_argument('--split', help="the task's split (default validation)")
   made.add_argument('--modules', nargs='*', default=(), metavar='MODULE',
                     help='Python modules that register tasks of your own')
-  made.add_argument('--template', default='{}', metavar='TEXT',
+  made.add_argument('--template', metavar='TEXT',
                     help="what a task's inputs are written into, such as '{} It was [MASK].'")
   made.add_argument('--sentinel', action='store_true',
                     help="the task's targets begin with <extra_id_0>, as the prompt was trained")

@@ -10,13 +10,21 @@ ABOUT = ('Adds "prediction" to every row: the generated text or, with --rank, th
          'A row has "inputs" (text) or "input_tokens" (ids ending in the end-of-sequence id).')
 
 
+CONTROL = {'attribute': {'against': None, 'weight': 1.0},  # flags, and their own with defaults
+           'toward': {'step_size': 0.05, 'iterations': 3}}
+
+
 def infer(flags, prompted) -> None:
   """Answers the rows of flags.input into flags.output."""
   from prompt_tuning_jax import jsonl
   if (flags.length_normalized or flags.calibrated or flags.labels) and not flags.rank:
     raise ValueError('--labels, --length_normalized and --calibrated belong to --rank.')
+  for name, own in CONTROL.items():
+    for setting in own:
+      if getattr(flags, setting) is not None and not getattr(flags, name):
+        raise ValueError(f'--{setting} belongs to --{name}.')
   if flags.rank and (verb.decoding(flags) != verb.decoding(None) or flags.attribute
-                     or flags.against or flags.toward):
+                     or flags.toward):
     raise ValueError('--rank generates no text: --num_beams, --temperature and other flags of '
                      'generation do not belong to it.')
   answer = _ranking(flags, prompted) if flags.rank else _generating(flags, prompted)
@@ -50,20 +58,20 @@ def _generating(flags, prompted) -> Callable[[list], list[dict]]:
 def _control(flags, prompted):
   """What the flags of control say, or None."""
   from prompt_tuning_jax import controlled
-  if flags.toward and (flags.attribute or flags.against):
+  if flags.toward and flags.attribute:
     raise ValueError('Give --attribute (prompts re-weight the next token) or --toward (activations '
                      'move), not both.')
+  own = {setting: default if getattr(flags, setting) is None else getattr(flags, setting)
+         for settings in CONTROL.values() for setting, default in settings.items()}
   if flags.toward:
-    return controlled.Perturbed(controlled.bag(prompted.vocabulary, flags.toward), flags.step_size,
-                                flags.iterations)
+    return controlled.Perturbed(controlled.bag(prompted.vocabulary, flags.toward),
+                                own['step_size'], own['iterations'])
   if not flags.attribute:
-    if flags.against:
-      raise ValueError('--against belongs to --attribute.')
     return None
   if prompted.bank is None:
     raise ValueError('--attribute and --against name prompts of a folder: give --prompts=FOLDER.')
   slot = lambda name: prompted.bank.slot(prompted.name('--attribute, --against', {'prompt': name}))
-  return controlled.Weighted(slot(flags.attribute), flags.weight,
+  return controlled.Weighted(slot(flags.attribute), own['weight'],
                              slot(flags.against) if flags.against else None)
 
 
@@ -117,12 +125,12 @@ def _control_flags(made):
   add('--attribute', metavar='NAME', help='a prompt of --prompts that re-weights the next token: '
       'log p + WEIGHT (log p of NAME - log p of --against)')
   add('--against', metavar='NAME', help="another of them (default: the row's own prompt)")
-  add('--weight', type=float, default=1.0, metavar='WEIGHT', help='of --attribute (default 1)')
+  add('--weight', type=float, metavar='WEIGHT', help='of --attribute (default 1)')
   add('--toward', nargs='+', metavar='WORD',
       help='move activations so that these words become more probable (PPLM)')
-  add('--step_size', type=float, default=0.05, metavar='SHARE',
+  add('--step_size', type=float, metavar='SHARE',
       help="of --toward: a step's share of the activations' length (default 0.05)")
-  add('--iterations', type=int, default=3, metavar='N', help='steps before a token (default 3)')
+  add('--iterations', type=int, metavar='N', help='steps before a token (default 3)')
   return made
 
 

@@ -16,22 +16,27 @@ def steer(flags, prompted) -> None:
   import json
   import pathlib
 
-  from prompt_tuning_jax import jsonl
+  from prompt_tuning_jax import cloud_storage, jsonl
+  from prompt_tuning_jax.checkpoints import partial_file
   from prompt_tuning_jax.steering import Settings, Steerer
   if flags.prompt:
     raise ValueError('Steering finds prompts and takes none: leave out --prompt.')
+  if cloud_storage.is_remote(flags.folder):
+    raise ValueError(f'--folder must be a folder of this machine, got {flags.folder}.')
   settings = Settings(flags.length, flags.steps, flags.learning_rate, seed=flags.seed)
   steerer = Steerer(prompted.model, prompted.params, prompted.vocabulary, settings,
                     flags.batch_size)
   folder, base = pathlib.Path(flags.folder), prompted.bank.base
   folder.mkdir(parents=True, exist_ok=True)
+  if any(folder.glob('line_*.safetensors')) and not partial_file.beside(flags.output).exists():
+    raise ValueError(f'{folder} holds vectors already, which these would replace: choose another '
+                     '--folder.')
   table = _table(prompted)
 
   def answer(part):
     rows = [(place, row if 'input_tokens' in row else {'inputs': '', **row}) for place, row in part]
     inputs = [prompted.tokens(place, row, 'input', flags.max_input_length) for place, row in rows]
-    targets = [prompted.tokens(place, row, 'target', flags.max_decode_length)
-               for place, row in rows]
+    targets = [_target(prompted, place, row, flags.max_decode_length) for place, row in rows]
     numbers = [int(place.rpartition(' ')[2]) for place, _ in rows]  # 'FILE, line N'
     found = steerer(table, inputs, targets, numbers)
     answers = []
@@ -50,6 +55,15 @@ def steer(flags, prompted) -> None:
   print(json.dumps({'sentences': len(rows),
                     'exact_match': mean([100.0 * row['recovered'] for row in rows]),
                     'token_accuracy': mean([row['token_accuracy'] for row in rows])}))
+
+
+def _target(prompted, place, row, most):
+  """A row's text to recover, whole: ValueError where it is longer than what is generated."""
+  ids = prompted.tokens(place, row, 'target')
+  if len(ids) > most:
+    raise ValueError(f'{place}: the text has {len(ids)} tokens, more than --max_decode_length '
+                     f'({most}).')
+  return ids
 
 
 def _table(prompted):

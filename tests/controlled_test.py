@@ -128,7 +128,10 @@ def test_the_verb_takes_names_of_prompts_and_refuses_what_is_none(
       ([*bank, '--against', 'kind'], '--against belongs to --attribute'),
       ([*bank, '--attribute', 'kind', '--toward', 'film'], 'not both'),
       ([*bank, '--attribute', 'kind', '--num_beams', '2'], 'leave out num_beams'),
-      ([*bank, '--toward', '東京'], 'does not have the word')):
+      ([*bank, '--toward', 'film', '--weight', '2'], '--weight belongs to --attribute'),
+      (['--iterations', '0'], '--iterations belongs to --toward'),
+      ([*bank, '--toward', 'filmfilm'], "no piece for the word 'filmfilm'"),
+      ([*bank, '--toward', '東京'], 'no piece for the word')):
     assert infer.main([*flags, '--output', str(tmp_path / 'none.jsonl'), *more]) == 1
     assert told in capsys.readouterr().err
 

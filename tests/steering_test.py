@@ -74,6 +74,14 @@ def test_the_files_of_the_verb_write_what_it_says(tmp_path, tiny_base, reviews, 
   for row, other in zip(answered, map(json.loads, again.open(encoding='utf-8')), strict=True):
     assert other['prediction'].startswith(row['prediction'])  # which ends where the target does
     assert row['recovered'] == (row['prediction'] == row['targets'])
+  capsys.readouterr()
+  for more, message in (
+      (['--folder', str(folder)], 'holds vectors already'),
+      (['--folder', str(tmp_path / 'new'), '--max_decode_length', '2'], 'line 1: the text has'),
+      (['--folder', 'gs://bucket/found'], 'must be a folder of this machine')):
+    assert steer.main([*flags, '--input', str(source), '--output', str(tmp_path / 'none'),
+                       '--length', '3', *more]) == 1
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(('settings', 'message'), [

@@ -120,7 +120,9 @@ def test_eval_searches_with_beams_as_infer_does(tmp_path, tiny_base, base, rows,
   assert found == expected
   capsys.readouterr()
   assert eval_verb.main(command) == 1
-  assert 'these labels are ranked: add --decode' in one_line(capsys)
+  assert 'here labels are ranked (--decode' in one_line(capsys)
+  assert eval_verb.main([*command, '--decode', '--template', '{} x']) == 1
+  assert '--template belongs to --task' in one_line(capsys)
 
 
 def test_eval_names_the_row_of_a_target_that_is_no_label(tmp_path, tiny_base, base, rows, capsys):

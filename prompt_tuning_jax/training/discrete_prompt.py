@@ -80,7 +80,10 @@ class DiscretePrompt:
 
   def initial(self, key: Array, base: Base, vocabulary: Any) -> PyTree:
     """The embeddings of the words that the search starts from."""
-    given = vocabulary.encode(self.text)[:self.length] if self.text else []
+    given = vocabulary.encode(self.text) if self.text else []
+    if len(given) > self.length:
+      raise ValueError(f'START_TEXT has {len(given)} tokens, and PROMPT_LENGTH is {self.length}: '
+                       'shorten the one or raise the other.')
     drawn = jax.random.choice(key, self.search.words, (self.length - len(given),))
     ids = np.concatenate([given, drawn]).astype(np.int32)
     return {'prompt': {'embedding': jnp.asarray(self.table[ids])}}

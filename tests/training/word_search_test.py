@@ -20,6 +20,7 @@ from prompt_tuning_jax.networks import gpt, t5
 from prompt_tuning_jax.training import population, run, word_search
 from prompt_tuning_jax.training import state as train_state
 from prompt_tuning_jax.training.discrete_prompt import DiscretePrompt, words
+from prompt_tuning_jax.training.evaluate import first_pieces
 from prompt_tuning_jax.training.step import Recipe, make_train_step
 from prompt_tuning_jax.training.word_search import FirstOrder, Mutations, WordSearch
 
@@ -159,7 +160,7 @@ def test_searches_run_together_as_alone():
                                   other.trainable['prompt']['embedding'])
 
 
-RUNS = {'autoprompt': DiscretePrompt(4, 'end', 'good or', WordSearch(FirstOrder(6))),
+RUNS = {'autoprompt': DiscretePrompt(4, 'end', 'a', WordSearch(FirstOrder(6))),
         'evolution': DiscretePrompt(3, search=WordSearch(Mutations(6), 3))}
 
 
@@ -198,8 +199,11 @@ def test_a_run_of_each(tmp_path, tiny_base, reviews, token_dir, name, capsys):
     assert eval_verb.main(['--base', str(tiny_base), *flags]) == 0
     assert json.loads(capsys.readouterr().out)['accuracy'] == pytest.approx(result['best_value'])
   with pytest.raises(ValueError, match='holds another run: method was'):
-    run.train(*train.args[:4], dataclasses.replace(RUNS[name], text='bad'), *train.args[5:],
+    run.train(*train.args[:4], dataclasses.replace(RUNS[name], text='e'), *train.args[5:],
               **train.keywords)
+  with pytest.raises(ValueError, match='START_TEXT has .* tokens, and PROMPT_LENGTH is'):
+    run.train(*train.args[:4], dataclasses.replace(RUNS[name], text='a lovely film ' * 9),
+              *train.args[5:], **train.keywords)
 
 
 def test_labels_are_measured_among_themselves(tiny_base, reviews, token_dir, tmp_path):
@@ -208,25 +212,43 @@ def test_labels_are_measured_among_themselves(tiny_base, reviews, token_dir, tmp
   given, labels = batch(3), np.array([7, 11, 30])
   given['decoder_target_tokens'][:, 0] = labels[[0, 1, 2, 1]]
   recipe = dataclasses.replace(recipe, optimizer=dataclasses.replace(
-      recipe.optimizer, choices=labels))
+      recipe.optimizer, choices=labels[:, None]))
   params = {**base_of('t5').params, **state.trainable}
   first = prompted_model.logits(recipe.model, params, given)[:, 0, labels]
   exact = -jax.nn.log_softmax(first)[jnp.arange(4), jnp.array([0, 1, 2, 1])]
-  found, metrics = prompted_model.loss(recipe.model, params, given, choices=jnp.asarray(labels))
+  found, metrics = prompted_model.loss(recipe.model, params, given, choices=labels[:, None])
   np.testing.assert_allclose(found, jnp.mean(exact), rtol=1e-5)
   assert metrics['tokens'] == 4
   np.testing.assert_allclose(metrics['accuracy'], jnp.mean(jnp.argmax(first, -1) == jnp.array(
       [0, 1, 2, 1])))
+  # Of targets that begin alike, what is measured stands behind the beginning.
+  begun = {**given, 'decoder_target_tokens': np.insert(given['decoder_target_tokens'], 0, 3, 1),
+           'decoder_input_tokens': np.insert(given['decoder_input_tokens'], 1, 3, 1),
+           'decoder_loss_weights': np.ones((4, 6), np.float32)}
+  first = prompted_model.logits(recipe.model, params, begun)[:, 1, labels]
+  exact = -jax.nn.log_softmax(first)[jnp.arange(4), jnp.array([0, 1, 2, 1])]
+  behind, metrics = prompted_model.loss(recipe.model, params, begun,
+                                        choices=np.insert(labels[:, None], 0, 3, 1))
+  np.testing.assert_allclose(behind, jnp.mean(exact), rtol=1e-5)
+  assert metrics['tokens'] == 4
   before, step = float(found), make_train_step(**vars(recipe))
   for _ in range(4):
     state, _ = step(state, base_of('t5').params, given)
   params = {**base_of('t5').params, **state.trainable}
-  after = prompted_model.loss(recipe.model, params, given, choices=jnp.asarray(labels))[0]
+  after = prompted_model.loss(recipe.model, params, given, choices=labels[:, None])[0]
   assert after < before
   with pytest.raises(ValueError, match='Labels need first pieces of their own, got bad, good'):
     run.train(TextFile(str(reviews)), {'inputs': 24, 'targets': 8}, str(tmp_path), str(tiny_base),
               dataclasses.replace(RUNS['autoprompt'], among_labels=True), optimizers.adafactor(), 1,
               8)
+
+
+def test_labels_are_told_apart_behind_what_targets_begin_with(bart_file, bpe_file):
+  cache = types.SimpleNamespace(rows=[{'choices': ['good', 'bad']}])
+  for file, most in ((bart_file, 2), (bpe_file, 1)):
+    words = Vocabulary(str(file))
+    assert first_pieces([cache], words) == tuple(
+        tuple(words.framed(words.encode(label), 'targets')[:most]) for label in ('good', 'bad'))
 
 
 def test_the_words_of_a_vocabulary_are_text(tiny_base, bpe_file):
