@@ -12,19 +12,24 @@ ABOUT = ('Chooses, from rows with "inputs" and "targets" (labels), a word of the
 
 def label_words(flags, prompted) -> None:
   """Writes the rows of flags.input with words for labels into flags.output."""
-  import collections
   import json
 
   import numpy as np
 
   from prompt_tuning_jax import jsonl
   from prompt_tuning_jax.analysis import label_choice
+  for name in ('examples', 'candidates'):
+    if getattr(flags, name) < 1:
+      raise ValueError(f'--{name} must be at least 1, got {getattr(flags, name)}.')
   rows = [row for _, row in zip(range(flags.examples), jsonl.rows(flags.input), strict=False)]
   inputs = [prompted.tokens(place, row, 'input', flags.max_input_length) for place, row in rows]
   targets = [_label(place, row) for place, row in rows]
-  names = sorted(collections.Counter(targets))
+  names = sorted(set(targets))
   if not 2 <= len(names) <= 100:
-    raise ValueError(f'Expected from 2 to 100 labels in "targets", got {len(names)}.')
+    raise ValueError(f'Expected from 2 to 100 labels in "targets", got {len(names)} in the '
+                     f'first {len(rows)} rows'
+                     + (': raise --examples, or mix rows that are sorted by label.'
+                        if len(names) < 2 else '.'))
   labels = np.array([names.index(target) for target in targets])
   log_p = prompted.predictor.first_words(prompted.params, inputs)
   found = label_choice.candidates(log_p, labels, _whole_words(prompted.vocabulary),
@@ -51,8 +56,11 @@ def _whole_words(vocabulary):
 
 
 def _label(place, row) -> str:
-  if not isinstance(row.get('targets'), str):
+  if 'targets' not in row:
     raise ValueError(f'{place}: expected a label in "targets", got the fields {sorted(row)}.')
+  if not isinstance(label := row['targets'], str):
+    raise ValueError(f'{place}: a label in "targets" should be a text, got {label!r}, '
+                     f'of type {type(label).__name__}.')
   return row['targets']
 
 

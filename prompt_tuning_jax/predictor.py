@@ -27,6 +27,7 @@ from prompt_tuning_jax.types import Batch, PyTree
 
 Tokens = np.ndarray | Sequence[int]
 NO_TARGET = (1,)
+ONE_TOKEN = 2  # with the end behind it: the least that a text to be made takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +118,16 @@ def check_masks(config: Any, inputs: Iterable[Tokens], targets: Iterable[int]) -
   for ids, target in zip(inputs, targets, strict=True):
     masks = int(np.sum(np.asarray(ids) == config.mask_id))
     if masks < target - 1:
-      raise ValueError(f'An input has {masks} masks, but its target or a label has {target - 1} '
-                       'tokens: write a mask for each into the input (a template such as '
-                       "'It was [MASK]: {}'; a long text that is cut loses what stands behind it).")
+      raise ValueError(f'An input has {masks} masks, but its target, a label or an answer takes '
+                       f'{target - 1}: write a mask for each token into the input (a template such '
+                       "as 'It was [MASK]: {}'; a long text that is cut loses what is behind it).")
+
+
+def check_calibration(config: Any) -> None:
+  """Raises ValueError for a masked language model, which says nothing of labels without a text."""
+  if hasattr(config, 'mask_id'):
+    raise ValueError('A masked language model cannot be calibrated: an input without text has no '
+                     'mask to fill in. Leave out `calibrated`.')
 
 
 class Predictor:
@@ -143,7 +151,7 @@ class Predictor:
         out_shardings=partitioner.replicated)
     self._rank = jit(prompted_model.candidate_log_likelihoods, 'most')
     self._score = jit(prompted_model.log_likelihood)
-    self._first = jit(prompted_model.first_word_log_probabilities)
+    self._first = jit(prompted_model.first_word_log_probabilities, 'place')
     self._generate = jit(prompted_model.generate, 'max_length', 'repeats')
     self._beams = jit(prompted_model.beam_search, 'max_length', 'num_beams')
     self._weighted = jit(controlled.generate_weighted, 'max_length', 'repeats')
@@ -186,9 +194,9 @@ class Predictor:
 
   def prior(self, untuned: PyTree, choices: Sequence[str]) -> np.ndarray:
     """log p(choice | no text) in nats of the base alone, whose parameters these are: [C]."""
+    check_calibration(self._config)
     candidates = self.choice_ids([choices])
     tokens = [self._vocabulary.framed([], 'inputs')] * self._batch_size
-    check_masks(self._config, tokens[:1], [max(map(len, candidates[0]))])
     batch = {**batches.batch_of(tokens, [NO_TARGET] * self._batch_size),
              **batches.side_by_side(candidates * self._batch_size, sum(map(len, candidates[0])))}
     put = self._partitioner.put_batch(batch)
@@ -220,6 +228,7 @@ class Predictor:
     if control and decoding.num_beams > 1:
       raise ValueError('Control is of tokens that are drawn or the best one: leave out num_beams.')
     self._check_positions(inputs, [self._max_decode_length] * len(inputs), slots)
+    check_masks(self._config, inputs, [ONE_TOKEN] * len(inputs))
     numbers = range(len(inputs)) if numbers is None else numbers
     search = self._search if decoding.num_beams > 1 else self._draw
 
@@ -295,9 +304,13 @@ class Predictor:
 
   def first_words(self, params: PyTree, inputs: Sequence[Tokens]) -> np.ndarray:
     """log p of every word as the first of each input's target, in nats: [n, V] float32."""
+    begins = self._vocabulary.begins('targets')
+    targets = [(*begins, *NO_TARGET)] * len(inputs)
+    self._check_positions(inputs, list(map(len, targets)), None)
+    check_masks(self._config, inputs, [ONE_TOKEN] * len(inputs))
     run = lambda _, batch, added: self._first(params, self._partitioner.put_batch(batch),
-                                              added=added)
-    return np.stack(self._run(inputs, run))
+                                              place=len(begins), added=added)
+    return np.stack(self._run(inputs, run, targets))
 
   def _virtual_of(self, slots: Sequence[Slot] | None, i: int) -> VirtualTokens | None:
     return slots[i].virtual if slots else self._virtual

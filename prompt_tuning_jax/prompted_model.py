@@ -114,7 +114,8 @@ def loss(model: PromptedModel, params: PyTree, batch: Batch, dropout_key: Array 
          ) -> tuple[Array, dict[str, Array]]:
   """What training lowers, and what is reported.
 
-  With `choices`, ids [C], only the first token of each target counts, and only beside these.
+  With `choices` [C, K], labels' ids up to the first that tells them apart, only the K-th token of
+  each target counts, and only beside these. Before it stands what every target begins with.
 
   Returns:
     (mean loss per target token in nats, z-loss and label smoothing included;
@@ -124,10 +125,10 @@ def loss(model: PromptedModel, params: PyTree, batch: Batch, dropout_key: Array 
   outputs = logits(model, params, batch, dropout_key)
   targets, weights = batch['decoder_target_tokens'], batch['decoder_loss_weights']
   if choices is not None:
-    is_choice = jnp.any(jnp.arange(outputs.shape[-1]) == choices[:, None], axis=0)
+    is_choice = jnp.any(jnp.arange(outputs.shape[-1]) == choices[:, -1:], axis=0)
     outputs = jnp.where(is_choice, outputs, -1e9)
     places = batch.get('decoder_positions', jnp.arange(targets.shape[1]))
-    weights = weights * (places == 0)
+    weights = weights * (places == choices.shape[1] - 1)
   tokens = jnp.sum(weights)
   mean = lambda values: jnp.sum(values * weights) / jnp.maximum(tokens, 1)
   metrics = {'loss': mean(objectives.cross_entropy(outputs, targets)),
@@ -144,9 +145,12 @@ def log_likelihood(model: PromptedModel, params: PyTree, batch: Batch,
 
 
 def first_word_log_probabilities(model: PromptedModel, params: PyTree, batch: Batch,
-                                 added: Added | None = None) -> Array:
-  """log p of every word as the first of a target, in nats: [B, V] float32."""
-  return jax.nn.log_softmax(logits(model, params, batch, added=added)[:, 0])
+                                 place: int = 0, added: Added | None = None) -> Array:
+  """log p of every word as the first of a target, in nats: [B, V] float32.
+
+  `place` is how many ids stand before it in the batch's targets: those that every text begins with.
+  """
+  return jax.nn.log_softmax(logits(model, params, batch, added=added)[:, place])
 
 
 def candidate_log_likelihoods(model: PromptedModel, params: PyTree, encoder_input_tokens: Array,

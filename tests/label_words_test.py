@@ -59,6 +59,18 @@ def test_the_verbs_rows_score_as_it_says(tmp_path, tiny_base, reviews, capsys):
   capsys.readouterr()
   assert eval_verb.main([*flags, '--input', str(output)]) == 0
   assert json.loads(capsys.readouterr().out)['examples'] == 40
-  source.write_text('{"inputs": "a", "targets": "good"}\n')
-  assert label_words.main([*flags, '--input', str(source), '--output', str(output)]) == 1
-  assert 'Expected from 2 to 100 labels' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(('row', 'flags', 'said'), [
+    ({'targets': 'good'}, (), 'labels in "targets", got 1 in the first 1 rows: raise --examples'),
+    ({'targets': 1}, (), 'a label in "targets" should be a text, got 1, of type int.'),
+    ({}, (), 'expected a label in "targets", got the fields [\'inputs\']'),
+    ({'targets': 'good'}, ('--examples=0',), '--examples must be at least 1, got 0.'),
+    ({'targets': 'good'}, ('--candidates=-2',), '--candidates must be at least 1, got -2.')],
+                         ids=['one', 'number', 'none', 'examples', 'candidates'])
+def test_what_gives_no_words_is_told(tmp_path, tiny_base, capsys, row, flags, said):
+  source = tmp_path / 'rows.jsonl'
+  source.write_text(json.dumps({'inputs': 'a', **row}) + '\n', encoding='utf-8')
+  assert label_words.main([f'--base={tiny_base}', f'--input={source}',
+                           f'--output={tmp_path / "words.jsonl"}', *flags]) == 1
+  assert said in capsys.readouterr().err

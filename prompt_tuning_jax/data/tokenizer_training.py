@@ -20,7 +20,8 @@ def train_tokenizer(kind: str, texts: Iterable[str], pieces: int) -> str:
   GPT-2's and BART's are byte-level BPE, BERT's word pieces of lower-case text. `pieces` is its
   size, special tokens included; fewer if the texts do not have so many.
 
-  Raises ValueError where there is no text, or no such kind, or `pieces` are too few for the bytes.
+  Raises ValueError where there is no text, or no such kind, or `pieces` are too few for the bytes
+  or, of BERT's, the characters.
   """
   if kind not in KINDS:
     raise ValueError(f'A vocabulary is of one of the kinds {KINDS}, got {kind!r}.')
@@ -50,6 +51,9 @@ def train_tokenizer(kind: str, texts: Iterable[str], pieces: int) -> str:
     trainer = trainers.BpeTrainer(vocab_size=pieces, special_tokens=special, show_progress=False,
                                   initial_alphabet=alphabet)
   made.train_from_iterator(itertools.chain([first], texts), trainer)
+  if (size := made.get_vocab_size()) > pieces:
+    raise ValueError(f'Word pieces of these texts, which have all their characters, are at least '
+                     f'{size} pieces, got {pieces}.')
   begin, end = {'bart': ('<s>', '</s>'), 'bert': ('[CLS]', '[SEP]')}.get(kind, ('', ''))
   if begin:  # for those who read the file with transformers
     made.post_processor = tokenizers.processors.TemplateProcessing(

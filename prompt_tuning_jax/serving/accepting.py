@@ -1,5 +1,6 @@
 """A request -> the rows that answer it, or why it is refused."""
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from prompt_tuning_jax.data.vocabulary import Vocabulary
-from prompt_tuning_jax.predictor import check_masks
+from prompt_tuning_jax.predictor import ONE_TOKEN, check_calibration, check_masks
 from prompt_tuning_jax.prompt_bank import PromptBank, Slot
 from prompt_tuning_jax.serving.batching import GENERATE, Row
 from prompt_tuning_jax.serving.programs import Programs, most_labels
@@ -28,6 +29,15 @@ from prompt_tuning_jax.serving.requests import (
 )
 
 _CHARACTERS_PER_TOKEN = 100  # A text with more is not even cut into tokens.
+
+
+@contextlib.contextmanager
+def _refused():
+  """What `predictor` says against a request is the request's fault."""
+  try:
+    yield
+  except ValueError as error:
+    raise BadRequest(str(error)) from None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -144,6 +154,8 @@ class Acceptance:
     seed = random.getrandbits(32) if request.seed is None else request.seed
     seeds = np.random.SeedSequence([seed, request.place]).generate_state(request.n)
     placed = self._placed(ids, limit, common)
+    with _refused():
+      check_masks(common['served'].bank.base.config, [ids], [ONE_TOKEN])
     return [Row(index=index, kind=GENERATE, limit=limit, stops=stops, **placed, **common,
                 choice=(request.temperature, request.top_k, request.top_p, int(seeds[index])))
             for index in range(request.n)]
@@ -164,10 +176,10 @@ class Acceptance:
     if request.calibrated:
       texts.append((empty, {**common, 'slot': Slot()}))
     longest = max(map(len, labels))
-    try:
-      check_masks(common['served'].bank.base.config, [text for text, _ in texts],
-                  [longest] * len(texts))
-    except ValueError as error:
-      raise BadRequest(str(error)) from None
+    config = common['served'].bank.base.config
+    with _refused():
+      if request.calibrated:
+        check_calibration(config)
+      check_masks(config, [text for text, _ in texts], [longest] * len(texts))
     return [Row(index=index, kind=kind, labels=labels, **given,
                 **self._placed(text, longest, given)) for index, (text, given) in enumerate(texts)]

@@ -60,15 +60,19 @@ def labels_of(rows: Sequence[Mapping[str, Any]]) -> list[str] | None:
   return list(kinds.pop()) or None if len(kinds) == 1 else None
 
 
-def first_pieces(caches: Sequence[TokenCache], vocabulary: Any) -> tuple[int, ...]:
-  """The first id of each label of a task: the piece that tells which label it is.
+def first_pieces(caches: Sequence[TokenCache], vocabulary: Any,
+                 ) -> tuple[tuple[int, ...], ...]:
+  """The ids of each label of a task up to its first piece, which tells which label it is.
+
+  Before that piece stands what all targets begin with, such as BART's <s>: [C, K] ids, K from 1.
 
   Raises ValueError where there are several tasks, no labels, or labels that begin alike.
   """
   labels = labels_of(caches[0].rows) if len(caches) == 1 else None
   if not labels:
     raise ValueError('Expected one task whose targets are labels.')
-  ids = tuple(vocabulary.encode(label)[0] for label in labels)
+  begins = vocabulary.begins('targets')
+  ids = tuple((*begins, vocabulary.encode(label)[0]) for label in labels)
   if len(set(ids)) < len(ids):
     raise ValueError(f'Labels need first pieces of their own, got {", ".join(labels)}: `python -m '
                      'prompt_tuning_jax.label_words` finds words for them.')
@@ -171,6 +175,11 @@ class Evaluator:
     """What is ranked for each example; None where texts are generated."""
     choices = [row.get('choices') for row in self._rows]
     return choices if self._rank_labels and all(choices) else None
+
+  @property
+  def generates(self) -> bool:
+    """Whether answers are generated texts; else labels are ranked or the loss is measured."""
+    return bool(self._functions) and self.choices is None
 
   def _answers(self, params: PyTree, inputs: list[np.ndarray]) -> list[str]:
     if choices := self.choices:

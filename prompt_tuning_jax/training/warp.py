@@ -49,7 +49,8 @@ class Warp:
     if OUTPUT not in param_paths.flatten(base.params):
       raise ValueError(f'{base.name} has no {OUTPUT}: its output layer is its embedding table, '
                        'which has no vectors of its own to train.')
-    return dataclasses.replace(self, columns=first_pieces(caches, vocabulary))
+    return dataclasses.replace(self, columns=tuple(
+        ids[-1] for ids in first_pieces(caches, vocabulary)))
 
   def model(self, config: Any) -> PromptedModel:
     """The network with the prompt before its inputs."""

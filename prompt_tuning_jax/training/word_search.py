@@ -99,8 +99,8 @@ class WordSearch:
     moves: what proposes prompts, `FirstOrder` or `Mutations`.
     keep: M, how many prompts go from step to step; `FirstOrder` changes the best alone.
     words: [W], the ids that a prompt may have; set by the method.
-    choices: [C], ids that the first token of a target is measured among (`prompted_model.loss`);
-      None measures targets as training does.
+    choices: [C, K], ids of labels up to the piece that is measured among them
+      (`prompted_model.loss`); None measures targets as training does.
   """
 
   moves: FirstOrder | Mutations = FirstOrder()

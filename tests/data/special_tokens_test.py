@@ -1,6 +1,7 @@
 """The vocabularies of BART and BERT: transformers' ids and texts, their special tokens in place."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -137,3 +138,6 @@ def test_the_verb_trains_vocabularies_that_bases_can_have(reviews, tmp_path, cap
   assert run('bart', 'x.model') != 0 and 'should end in .json' in capsys.readouterr().err
   assert run('gpt2', 'x.json', '--pieces=256') != 0
   assert 'at least 257 pieces' in capsys.readouterr().err
+  assert run('bert', 'x.json', '--pieces=3') != 0 and not (tmp_path / 'x.json').exists()
+  least = re.search(r'are at least (\d+) pieces, got 3', capsys.readouterr().err)[1]
+  assert run('bert', 'x.json', f'--pieces={least}') == 0

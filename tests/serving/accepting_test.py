@@ -9,6 +9,7 @@ import pytest
 from prompt_tuning_jax.checkpoints import base_checkpoint
 from prompt_tuning_jax.checkpoints.prompt_file import PromptFile
 from prompt_tuning_jax.data.vocabulary import Vocabulary
+from prompt_tuning_jax.networks.bert import BertConfig
 from prompt_tuning_jax.prompt_bank import PromptBank
 from prompt_tuning_jax.serving.accepting import Acceptance, Served
 from prompt_tuning_jax.serving.programs import Shapes
@@ -51,6 +52,19 @@ def test_rows_have_the_prompt_in_place_and_the_narrowest_width(base):
   np.testing.assert_array_equal(row.tokens, [192, 193, 194, 5, 1])
   assert prior.tokens.tolist() == [1] and not prior.slot.length  # the base alone
   assert row.labels == prior.labels and len(row.labels) == 2
+
+
+def test_a_masked_language_model_needs_a_mask_and_has_no_prior(bert_file):
+  base = base_checkpoint.random_base(
+      BertConfig(192, 8, 2, 1, 4, 16, max_positions=32), str(bert_file))
+  mask = base.config.mask_id
+  for request in (Generation('before', (5, mask)), Classification('before', (5, mask),
+                                                                  labels=('a', 'b'))):
+    assert accepted(base, request)
+    with pytest.raises(BadRequest, match='An input has 0 masks'):
+      accepted(base, dataclasses.replace(request, inputs=(5, 1)))
+  with pytest.raises(BadRequest, match='A masked language model cannot be calibrated'):
+    accepted(base, dataclasses.replace(request, calibrated=True))
 
 
 def test_the_same_seed_draws_the_same_and_none_draws_anew(base):

@@ -243,9 +243,9 @@ def test_labels_are_measured_among_themselves(tiny_base, reviews, token_dir, tmp
               8)
 
 
-def test_labels_are_told_apart_behind_what_targets_begin_with(bart_file, bpe_file):
+def test_labels_are_told_apart_behind_what_targets_begin_with(bart_file, bert_file):
   cache = types.SimpleNamespace(rows=[{'choices': ['good', 'bad']}])
-  for file, most in ((bart_file, 2), (bpe_file, 1)):
+  for file, most in ((bart_file, 2), (bert_file, 1)):
     words = Vocabulary(str(file))
     assert first_pieces([cache], words) == tuple(
         tuple(words.framed(words.encode(label), 'targets')[:most]) for label in ('good', 'bad'))
