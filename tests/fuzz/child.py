@@ -57,6 +57,7 @@ def read(specimens: pathlib.Path, name: str, first: int, last: int) -> None:
   specimen = specimens / name
   with tempfile.TemporaryDirectory() as temporary:
     folder = mutations.fresh(specimen, pathlib.Path(temporary) / 'damaged')
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)  # not the last one's
     expected = formats.digest(formats.FORMATS[name].read(folder))
     files = parts(name, specimen)
     used = int(pathlib.Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()

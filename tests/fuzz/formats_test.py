@@ -23,7 +23,6 @@ OTHERS = ('npy', 't5x_of_t5x', 'jsonl', 'csv', 'tsv', 'text_task', 'spiece', 'me
 NEEDING = {'peft_of_peft': 'peft', 't5_of_transformers': 'transformers',
            'gpt2_of_transformers': 'transformers', 'tokenizer': 'tokenizers',
            'merges': 'tokenizers', 'words': 'tokenizers'}
-ALL = (*EXACT, *OTHERS, *NEEDING)
 # A few formats in the fast run, and how many cases of each in the slow one.
 FAST, SLOW = ('prompt', 'peft', 't5', 't5x', 'token_cache', 'jsonl', 'tokenizer'), 120
 
@@ -70,11 +69,12 @@ def test_some_cases_of_every_kind_of_file(specimens):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ALL)
-def test_many_cases_of_each_format(specimens, name):
-  if name in NEEDING:
-    pytest.importorskip(NEEDING[name])
-  check(specimens([name]), [name], SLOW)
+@pytest.mark.parametrize('names', [EXACT, OTHERS, tuple(NEEDING)],
+                         ids=('exact', 'others', 'needing'))
+def test_many_cases_of_each_format(specimens, names):
+  for library in {NEEDING[name] for name in names if name in NEEDING}:
+    pytest.importorskip(library)
+  check(specimens(names), names, SLOW)
 
 
 def test_a_case_is_the_same_in_every_process(specimens):
