@@ -36,7 +36,7 @@ setup(
     package_dir={'prompt_tuning_jax.tasks': 'tasks', 'prompt_tuning_jax.gin': 'gin'},
     package_data={
         'prompt_tuning_jax': ['bases/**/*', 'serving/*.html', 'analysis/*.html'],
-        'prompt_tuning_jax.gin': ['**/*.gin'],
+        'prompt_tuning_jax.gin': ['**/*.gin', '**/*.txt'],
     },
     install_requires=[
         'absl-py',

@@ -239,7 +239,8 @@ def long_run(folder: pathlib.Path, steps: int) -> dict:
     time.sleep(0.25)
   run.end()
   rows = [{'step': group[0][0], 'megabytes': round(statistics.median(x[1] for x in group), 1),
-           'open_files': max(x[2] for x in group), 'threads': max(x[3] for x in group)}
+           'open_files': min(x[2] for x in group),  # Others are those of a save under way.
+           'threads': max(x[3] for x in group)}
           for group in (seen[part] for part in sorted(seen)) if 0 < group[0][0] < steps]
   tenth = next(row for row in rows if row['step'] >= steps / 10)
   grown = rows[-1]['megabytes'] - tenth['megabytes']

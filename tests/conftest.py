@@ -1,6 +1,7 @@
 """What every test starts from: the CPU, one process, a compilation cache, and found test data."""
 
 import json
+import logging
 import os
 import pathlib
 import random
@@ -32,9 +33,12 @@ def _folder(variable: str, content: str) -> pathlib.Path:
 
 
 @pytest.fixture(scope='module', autouse=True)
-def compiled_programs():
-  """Those of a file go after its last test: together they would take gigabytes."""
+def left_behind():
+  """Compiled programs go after a file's last test, or they would take gigabytes; so do log handlers,
+  which would write into what a test has captured and closed."""
+  handlers = logging.getLogger().handlers[:]
   yield
+  logging.getLogger().handlers[:] = handlers
   if 'jax' in sys.modules:
     sys.modules['jax'].clear_caches()
 

@@ -246,8 +246,8 @@ def test_a_killed_command_resumes_to_the_same_prompt(finished, tmp_path, tiny_ba
   command = [sys.executable, '-m', 'prompt_tuning_jax.train',
              '--gin_file=run/prompt_tuning_text_file.gin', f'--gin.MODEL_DIR={tmp_path / "model"}',
              f'--gin.INITIAL_CHECKPOINT_PATH={tiny_base}', f'--gin.TRAIN_FILE={reviews}',
-             '--gin.PROMPT_LENGTH=4', '--gin.TRAIN_STEPS=3000', '--gin.BATCH_SIZE=8',
-             '--gin.EVAL_PERIOD=1000', '--gin.SAVE_PERIOD=500', '--gin.run.train.log_period=20',
+             '--gin.PROMPT_LENGTH=4', '--gin.TRAIN_STEPS=1200', '--gin.BATCH_SIZE=8',
+             '--gin.EVAL_PERIOD=400', '--gin.SAVE_PERIOD=200', '--gin.run.train.log_period=20',
              "--gin.TASK_FEATURE_LENGTHS={'inputs': 24, 'targets': 8}"]
   process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
   for line in process.stderr:
