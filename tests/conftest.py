@@ -34,8 +34,8 @@ def _folder(variable: str, content: str) -> pathlib.Path:
 
 @pytest.fixture(scope='module', autouse=True)
 def left_behind():
-  """Compiled programs go after a file's last test, or they would take gigabytes; so do log handlers,
-  which would write into what a test has captured and closed."""
+  """Compiled programs go after a file's last test, or they would take gigabytes; so do handlers of
+  logs, which would write into what a test has captured and closed."""
   handlers = logging.getLogger().handlers[:]
   yield
   logging.getLogger().handlers[:] = handlers

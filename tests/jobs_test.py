@@ -86,7 +86,8 @@ def printed(done):
 @pytest.mark.parametrize('path', SCRIPTS, ids=NAME)
 def test_shellcheck_finds_nothing(path):
   beside = os.pathsep.join([os.path.dirname(sys.executable), os.environ['PATH']])
-  program = shutil.which('shellcheck', path=beside) or pytest.skip('shellcheck is not installed: .[test] has it')
+  program = shutil.which('shellcheck', path=beside) or pytest.skip(
+      'shellcheck is not installed: .[test] has it')
   done = subprocess.run([program, '-x', path.name], cwd=JOBS, capture_output=True, text=True,
                         check=False)
   assert not done.returncode, done.stdout
