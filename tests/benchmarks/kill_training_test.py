@@ -22,8 +22,8 @@ def test_killed_runs_end_byte_for_byte_as_an_undisturbed_one(tmp_path):
 @pytest.mark.slow
 def test_memory_and_open_files_stay_as_they_are(tmp_path):
   kill_training.write_base(tmp_path)
-  result = kill_training.long_run(tmp_path, steps=1500)
-  assert result['saves'] == 75 and len(result['on_the_way']) > 3
+  result = kill_training.long_run(tmp_path, steps=3000)
+  assert result['saves'] == 150 and len(result['on_the_way']) > 3
   assert result['open_files_grown'] <= 4
   # tensorstore 0.1.86 keeps some 20 kB of every save (experimental_collect_matching_metrics).
   assert result['kilobytes_grown_per_save'] < 100
