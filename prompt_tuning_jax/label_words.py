@@ -61,14 +61,14 @@ def _label(place, row) -> str:
   if not isinstance(label := row['targets'], str):
     raise ValueError(f'{place}: a label in "targets" should be a text, got {label!r}, '
                      f'of type {type(label).__name__}.')
-  return row['targets']
+  return label
 
 
 def _known(place, row, word_of) -> str:
-  if _label(place, row) not in word_of:
-    raise ValueError(f'{place}: the label {row["targets"]!r} is in none of the first rows: raise '
+  if (label := _label(place, row)) not in word_of:
+    raise ValueError(f'{place}: the label {label!r} is in none of the first rows: raise '
                      '--examples.')
-  return row['targets']
+  return label
 
 
 def main(argv: list[str]) -> int:

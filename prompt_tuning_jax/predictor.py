@@ -345,18 +345,22 @@ class Predictor:
 
   def _groups(self, inputs: Sequence[Tokens], slots: Sequence[Slot] | None,
               beside: int) -> Iterator[tuple[list[int], list[int]]]:
-    """(indices answered, indices of a full batch), the longest inputs first.
+    """`full_batches`, the longest inputs first.
 
-    The last batch is filled up with copies of its last row. Where each input becomes several rows
-    on the device, a batch has fewer of them.
+    Where each input becomes several rows on the device, a batch has fewer of them.
     """
     order = sorted(range(len(inputs)), key=lambda i: (-self._length(inputs, slots, i), i))
     size, parts = self._batch_size, self._partitioner.copies
     if beside > 1:
       size = max(1, size // beside // parts) * parts
-    for start in range(0, len(order), size):
-      live = order[start:start + size]
-      yield live, live + [live[-1]] * (size - len(live))
+    yield from full_batches(order, size)
+
+
+def full_batches(order: list[int], size: int) -> Iterator[tuple[list[int], list[int]]]:
+  """(indices answered, indices of a full batch): copies of the last fill up the last batch."""
+  for start in range(0, len(order), size):
+    live = order[start:start + size]
+    yield live, live + [live[-1]] * (size - len(live))
 
 
 def _collect(results: list, live: list[int], outputs: PyTree) -> None:

@@ -99,10 +99,8 @@ class Steerer:
                               lengths)
     predictor.check_masks(self._config, inputs, lengths)
     order = sorted(range(len(targets)), key=lambda i: (len(targets[i]), len(inputs[i]), i))
-    size, parts = self._batch_size, []
-    for begin in range(0, len(order), size):
-      live = order[begin:begin + size]
-      rows = live + [live[-1]] * (size - len(live))
+    parts = []
+    for live, rows in predictor.full_batches(order, self._batch_size):
       batch = batch_of(self._config, self._settings.length, [inputs[i] for i in rows],
                        [targets[i] for i in rows])
       first = start(self._settings, table, [numbers[i] for i in rows])

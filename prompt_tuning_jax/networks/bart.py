@@ -59,9 +59,7 @@ class BartConfig:
   attention: str = 'xla'
 
   def __post_init__(self):
-    object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
-    layers.check_settings(self.mlp_activations, self.dtype)
-    layer_stack.check_settings(self.remat_policy, self.attention)
+    layer_stack.check(self)
 
   embedding_stddev = 0.02  # of a new table; a tied output layer does not scale its input
   layer_norm_epsilon = 1e-5

@@ -69,9 +69,7 @@ class GPTConfig:
   attention: str = 'xla'
 
   def __post_init__(self):
-    object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
-    layers.check_settings(self.mlp_activations, self.dtype)
-    layer_stack.check_settings(self.remat_policy, self.attention)
+    layer_stack.check(self)
 
   # Where the embedding table is, and the modules that make each place's keys and values.
   embedding = 'decoder/token_embedder/embedding'

@@ -17,6 +17,7 @@ import numpy as np
 from flax.linen import partitioning
 
 from prompt_tuning_jax.networks import fused_attention
+from prompt_tuning_jax.networks.layers import check_settings
 from prompt_tuning_jax.types import Array, PyTree
 
 # What the forward pass keeps for the backward pass, under T5X's names: all that JAX would, the
@@ -28,13 +29,16 @@ _SCANNED = ('params', 'changes', 'cache', 'cross_cache', 'intermediates')
 _ONE, _ALL = re.compile(r'(?<=/)layers_(\d+)(?=/)'), re.compile(r'(?<=/)layers(?=/)')
 
 
-def check_settings(remat_policy: str, attention: str) -> None:
-  """Raises ValueError for a name that there is none of."""
-  if attention not in fused_attention.IMPLEMENTATIONS:
+def check(config: Any) -> None:
+  """Makes `mlp_activations` of a network a tuple; ValueError for a name that there is none of."""
+  object.__setattr__(config, 'mlp_activations', tuple(config.mlp_activations))
+  check_settings(config.mlp_activations, config.dtype)
+  if config.attention not in fused_attention.IMPLEMENTATIONS:
     raise ValueError(f'attention must be one of {fused_attention.IMPLEMENTATIONS}, got '
-                     f'{attention!r}.')
-  if remat_policy not in REMAT_POLICIES:
-    raise ValueError(f'remat_policy must be one of {tuple(REMAT_POLICIES)}, got {remat_policy!r}.')
+                     f'{config.attention!r}.')
+  if config.remat_policy not in REMAT_POLICIES:
+    raise ValueError(f'remat_policy must be one of {tuple(REMAT_POLICIES)}, got '
+                     f'{config.remat_policy!r}.')
 
 
 def make(layer: type[nn.Module], config: Any, number: int, static: Sequence[int], shared: int,

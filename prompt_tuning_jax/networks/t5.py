@@ -51,9 +51,7 @@ class T5Config:
   attention: str = 'xla'
 
   def __post_init__(self):
-    object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
-    layers.check_settings(self.mlp_activations, self.dtype)
-    layer_stack.check_settings(self.remat_policy, self.attention)
+    layer_stack.check(self)
 
   max_positions = None  # Positions are relative: texts may be of any length.
   start_id = 0  # what the decoder reads first: padding
