@@ -2,7 +2,7 @@
 
 A tokenizer.json, or what is older: vocab.json with merges.txt (byte-level BPE, GPT-2 and BART), or
 vocab.txt (WordPiece, BERT). Only the files are read here; what encodes with them is
-`data.byte_level_bpe` and `data.word_piece`.
+`data.tokenizer`.
 """
 
 import dataclasses
@@ -134,6 +134,12 @@ class TokenizerFile:
     if not _is_bart(self.ids) or self.end != BART['eos_token']:
       return {}
     return dict.fromkeys(('inputs', 'targets'), (self.ids[BART['bos_token']] + SHIFT,))
+
+  @property
+  def has_space(self) -> bool:
+    """Whether a text gets a space before it: of BART's, where the file says so."""
+    splitter = self.json.get('pre_tokenizer') or {}
+    return not self.begins or bool(splitter.get('add_prefix_space'))
 
   @property
   def mask_id(self) -> int | None:

@@ -9,11 +9,10 @@ package.
 
 import dataclasses
 import functools
-import importlib
-import json
 from collections.abc import Sequence
 
-from prompt_tuning_jax.tokenizer_file import SHIFT, TokenizerFile
+from prompt_tuning_jax.data.tokenizer import encoded, file_of, loaded
+from prompt_tuning_jax.tokenizer_file import SHIFT
 
 PAD = 0
 
@@ -57,8 +56,7 @@ class ByteLevelBPE:
     return self.encode_many([text])[0]
 
   def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-    encodings = loaded(self.file).encode_batch_fast(list(texts), add_special_tokens=False)
-    return [[i + SHIFT for i in encoding.ids] for encoding in encodings]
+    return encoded(self.file, texts)
 
   def decode(self, ids: Sequence[int]) -> str:
     """ids: without the end of text. Padding and ids beyond the vocabulary are left out."""
@@ -72,7 +70,7 @@ class ByteLevelBPE:
 
   @property
   def leading_spaces(self) -> int:
-    return int(_has_space(self.file))
+    return int(file_of(self.file).has_space)
 
   def appended(self, token: int) -> bytes:
     """The bytes that an id appends to a decoded text."""
@@ -99,44 +97,3 @@ def _byte_of_characters() -> dict[str, int]:
 @functools.lru_cache(maxsize=8)
 def _added(file: str) -> dict:
   return loaded(file).get_added_tokens_decoder()
-
-
-@functools.lru_cache(maxsize=8)
-def file_of(file: str) -> TokenizerFile:
-  return TokenizerFile(file)
-
-
-def _has_space(file: str) -> bool:
-  """Whether a text gets a space before it: of BART's, where the file says so."""
-  splitter = file_of(file).json.get('pre_tokenizer') or {}
-  return not file_of(file).begins or bool(splitter.get('add_prefix_space'))
-
-
-def library(what: str):
-  """The tokenizers library; raises ValueError saying what is done by it where it is not installed.
-  """
-  try:
-    return importlib.import_module('tokenizers')
-  except ImportError as error:
-    raise ValueError(f'{what} by the tokenizers library: '
-                     "pip install 'prompt_tuning_jax[tokenizers]'.") from error
-
-
-@functools.lru_cache(maxsize=8)
-def loaded(file: str):
-  """The library's tokenizer, which adds no special tokens; ValueError for a file of another kind.
-  """
-  tokenizers = library(f'{file} is read')
-  value = {**file_of(file).json, 'truncation': None, 'padding': None, 'post_processor': None}
-  if not file_of(file).is_word_piece:
-    splitter = value.get('pre_tokenizer') or {}
-    if splitter.get('type') != 'ByteLevel' or value['model'].get('type', 'BPE') != 'BPE':
-      raise ValueError(f'{file}: expected the byte-level BPE of GPT-2 or BART, got a tokenizer '
-                       f'whose model is {value["model"].get("type")!r} and whose pre_tokenizer is '
-                       f'{splitter.get("type")!r}.')
-    value['pre_tokenizer'] = {**splitter, 'add_prefix_space': _has_space(file)}
-  try:
-    return tokenizers.Tokenizer.from_str(json.dumps(value))
-  except Exception as error:  # Its errors have no class of their own.
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    raise ValueError(f'{file} is no tokenizer: {reason}.') from None

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable
 
 from prompt_tuning_jax import tokenizer_file
-from prompt_tuning_jax.data.byte_level_bpe import library
+from prompt_tuning_jax.data.tokenizer import library
 
 KINDS = ('gpt2', 'bart', 'bert')
 # BART's stand in Hugging Face's order, so that its networks' usual ids are right.

@@ -20,7 +20,8 @@ import numpy as np
 import sentencepiece
 
 from prompt_tuning_jax import tokenizer_file
-from prompt_tuning_jax.data.byte_level_bpe import ByteLevelBPE, file_of
+from prompt_tuning_jax.data.byte_level_bpe import ByteLevelBPE
+from prompt_tuning_jax.data.tokenizer import file_of
 from prompt_tuning_jax.data.word_piece import WordPiece
 
 BYTES = 'bytes'

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Sequence
 
 from prompt_tuning_jax import tokenizer_file
-from prompt_tuning_jax.data.byte_level_bpe import file_of, loaded
+from prompt_tuning_jax.data.tokenizer import encoded, file_of, loaded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,7 @@ class WordPiece:
     return self.encode_many([text])[0]
 
   def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-    encodings = loaded(self.file).encode_batch_fast(list(texts), add_special_tokens=False)
-    return [encoding.ids for encoding in encodings]
+    return encoded(self.file, texts)
 
   def decode(self, ids: Sequence[int]) -> str:
     """Words with a space between them, but none before '.' and the like; no special tokens."""

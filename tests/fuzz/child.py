@@ -45,8 +45,8 @@ def outcome(name: str, folder: pathlib.Path, expected: str) -> tuple[str, str]:
 
 def clear_caches() -> None:
   """Forgets what was read under the same name before."""
-  from prompt_tuning_jax.data import byte_level_bpe, vocabulary, word_piece
-  for cached in (byte_level_bpe._added, byte_level_bpe.file_of, byte_level_bpe.loaded,
+  from prompt_tuning_jax.data import byte_level_bpe, tokenizer, vocabulary, word_piece
+  for cached in (byte_level_bpe._added, tokenizer.file_of, tokenizer.loaded,
                  vocabulary._bytes_of_ids, vocabulary._read, vocabulary._sha256,
                  vocabulary._load_once, word_piece._appended):
     cached.cache_clear()
