@@ -21,7 +21,7 @@ from prompt_tuning_jax.training.warp import Warp
 from prompt_tuning_jax.training.word_search import Mutations, WordSearch
 
 GIN = pathlib.Path(__file__).resolve().parent.parent / 'gin'
-# Those of t5x/ are for T5X's own launcher (t5x_bridge_test.py).
+# Those of t5x/ are for T5X's own launcher (tests/t5x).
 FILES = sorted(path.relative_to(GIN).as_posix() for path in GIN.rglob('*.gin')
                if path.parent.name != 't5x')
 NETWORKS = [name for name in FILES if name.startswith('network/')]
