@@ -43,6 +43,14 @@ def left_behind():
     sys.modules['jax'].clear_caches()
 
 
+@pytest.fixture
+def exact_products():
+  """Matrix products in full float32, on accelerators too."""
+  import jax
+  with jax.default_matmul_precision('float32'):
+    yield
+
+
 @pytest.fixture(scope='session')
 def tfds_data_dir() -> pathlib.Path:
   """The folder of prepared TFDS data, or a skip with the reason."""

@@ -39,7 +39,7 @@ class Base:
   @classmethod
   def read(cls, folder: str) -> 'Base':
     """Raises ValueError where there is no base."""
-    found = base_checkpoint.load_base(folder, dtype='bfloat16')
+    found = base_checkpoint.open_base(folder)
     return cls(folder, found.fingerprint, param_paths.count(found.params))
 
 

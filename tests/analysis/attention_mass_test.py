@@ -28,11 +28,7 @@ BERT = bert.BertConfig(vocab_size=V, emb_dim=16, num_heads=2, num_encoder_layers
 INPUTS = [[7, 8, 9, 11, 1], [5, 6, 1], [12, 13, 14, 15, 16, 17, 18, 1]]
 TARGETS = [[20, 21, 1], [22, 1], [23, 24, 25, 26, 1]]
 
-
-@pytest.fixture(autouse=True)
-def exact_products():
-  with jax.default_matmul_precision('float32'):
-    yield
+pytestmark = pytest.mark.usefixtures('exact_products')
 
 
 def parts(config, kind):

@@ -28,11 +28,7 @@ RNG = np.random.default_rng(0)
 INPUTS = [RNG.integers(3, V, n) for n in (9, 4, 1, 12)]
 TARGETS = [RNG.integers(3, V, n) for n in (3, 11, 7, 1)]
 
-
-@pytest.fixture(autouse=True)
-def exact_products():
-  with jax.default_matmul_precision('float32'):
-    yield
+pytestmark = pytest.mark.usefixtures('exact_products')
 
 
 @pytest.fixture(scope='module')

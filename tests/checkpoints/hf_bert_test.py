@@ -28,11 +28,7 @@ TEXTS = [np.array([CLS, 9, MASK, 11, SEP, MASK, 12, SEP]),
          np.array([CLS, *range(10, 20), MASK, SEP]), np.array([MASK])]
 TARGETS = [np.array([21, 22, SEP]), np.array([23, SEP]), np.array([24])]
 
-
-@pytest.fixture(autouse=True)
-def exact_products():
-  with jax.default_matmul_precision('float32'):
-    yield
+pytestmark = pytest.mark.usefixtures('exact_products')
 
 
 @pytest.fixture(scope='module')

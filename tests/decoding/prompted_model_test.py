@@ -22,11 +22,7 @@ WIDTH = 16 + P
 CONFIG = t5.T5Config(vocab_size=V, emb_dim=D, num_heads=3, num_encoder_layers=1,
                      num_decoder_layers=1, head_dim=5, mlp_dim=17)
 
-
-@pytest.fixture(autouse=True)
-def exact_products():
-  with jax.default_matmul_precision('float32'):
-    yield
+pytestmark = pytest.mark.usefixtures('exact_products')
 
 
 def random_base():

@@ -34,11 +34,7 @@ both = pytest.mark.parametrize('kind', CONFIGS)
 slow_for_bart = pytest.mark.parametrize('kind', [
     pytest.param('bart', marks=pytest.mark.slow), 'bert'])
 
-
-@pytest.fixture(autouse=True)
-def exact_products():
-  with jax.default_matmul_precision('float32'):
-    yield
+pytestmark = pytest.mark.usefixtures('exact_products')
 
 
 @functools.cache

@@ -36,11 +36,7 @@ T5_STYLE = {  # heads x head_dim is not d_model
                           relative_attention_num_buckets=8, relative_attention_max_distance=20),
 }
 
-
-@pytest.fixture(autouse=True)
-def exact_products():
-  with jax.default_matmul_precision('float32'):
-    yield
+pytestmark = pytest.mark.usefixtures('exact_products')
 
 
 def draw_weights(model, seed):

@@ -36,11 +36,7 @@ ROWS = RNG.normal(size=(L, P, D)).astype(np.float32)
 
 both_kinds = pytest.mark.parametrize('kind', CONFIGS)
 
-
-@pytest.fixture(autouse=True)
-def exact_products():
-  with jax.default_matmul_precision('float32'):
-    yield
+pytestmark = pytest.mark.usefixtures('exact_products')
 
 
 @functools.cache

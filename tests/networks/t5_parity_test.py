@@ -41,11 +41,7 @@ KINDS = {
                                relative_attention_max_distance=20)),
 }
 
-
-@pytest.fixture(autouse=True)
-def exact_products():
-  with jax.default_matmul_precision('float32'):
-    yield
+pytestmark = pytest.mark.usefixtures('exact_products')
 
 
 def draw_weights(model, seed):

@@ -18,11 +18,7 @@ CONFIG = t5.T5Config(vocab_size=V, emb_dim=24, num_heads=3, num_encoder_layers=1
 RNG = np.random.default_rng(0)
 LENGTHS, TARGET_LENGTHS = (21, 13, 4), (12, 5, 9)
 
-
-@pytest.fixture(autouse=True)
-def exact_products():
-  with jax.default_matmul_precision('float32'):
-    yield
+pytestmark = pytest.mark.usefixtures('exact_products')
 
 
 def random_params(config, seed=0):
