@@ -6,8 +6,9 @@ from prompt_tuning_jax import verb
 
 ABOUT = ('Chooses, from rows with "inputs" and "targets" (labels), a word of the vocabulary for '
          'each label, by which the frozen base tells the labels apart, and writes the rows with '
-         'these words as targets; "label" keeps the label. Prints the words and how many of the '
-         'rows they get right.')
+         'these words as targets; "label" keeps the label. Of several templates it takes the one '
+         'whose words do that best, and writes the inputs in it. Prints the words and how many of '
+         'the rows they get right.')
 
 
 def label_words(flags, prompted) -> None:
@@ -17,12 +18,15 @@ def label_words(flags, prompted) -> None:
   import numpy as np
 
   from prompt_tuning_jax import jsonl
-  from prompt_tuning_jax.analysis import label_choice
   for name in ('examples', 'candidates'):
     if getattr(flags, name) < 1:
       raise ValueError(f'--{name} must be at least 1, got {getattr(flags, name)}.')
+  templates = flags.template or ['{}']
+  for template in templates:
+    if template.count('{}') != 1:
+      raise ValueError("--template should be a text with one '{}', where inputs stand, got "
+                       f'{template!r}.')
   rows = [row for _, row in zip(range(flags.examples), jsonl.rows(flags.input), strict=False)]
-  inputs = [prompted.tokens(place, row, 'input', flags.max_input_length) for place, row in rows]
   targets = [_label(place, row) for place, row in rows]
   names = sorted(set(targets))
   if not 2 <= len(names) <= 100:
@@ -31,21 +35,48 @@ def label_words(flags, prompted) -> None:
                      + (': raise --examples, or mix rows that are sorted by label.'
                         if len(names) < 2 else '.'))
   labels = np.array([names.index(target) for target in targets])
-  log_p = prompted.predictor.first_words(prompted.params, inputs)
-  found = label_choice.candidates(log_p, labels, _whole_words(prompted.vocabulary),
-                                  flags.candidates)
-  chosen = label_choice.choose(log_p, labels, found)
-  word_of = {name: prompted.vocabulary.decode([word]).strip()
-             for name, word in zip(names, chosen, strict=True)}
+  found = {template: _best_words(flags, prompted, rows, labels, template)
+           for template in templates}
+  template = max(found, key=lambda each: found[each]['log_likelihood'])
+  best = found[template]
+  word_of = dict(zip(names, best['words'], strict=True))
 
   def answer(part):
-    return [{'label': _known(place, row, word_of), 'targets': word_of[row['targets']]}
+    return [{**({'inputs': _written(place, row, template)['inputs']} if template != '{}' else {}),
+             'label': _known(place, row, word_of), 'targets': word_of[row['targets']]}
             for place, row in part]
 
   jsonl.answer_file(flags.input, flags.output, answer,
-                    settings={**verb.settings(flags, prompted), 'words': word_of})
-  print(json.dumps({'words': word_of, 'examples': len(rows),
-                    'accuracy': label_choice.accuracy(log_p, labels, chosen)}, ensure_ascii=False))
+                    settings={**verb.settings(flags, prompted), 'words': word_of,
+                              'template': template})
+  told = {'words': word_of, 'examples': len(rows), 'accuracy': best['accuracy']}
+  if flags.template:
+    told |= {'template': template, 'templates': found}
+  print(json.dumps(told, ensure_ascii=False))
+
+
+def _best_words(flags, prompted, rows, labels, template) -> dict:
+  """The words of the labels, in order, in one template, and how well they tell them apart: the
+  mean log-likelihood of the right one among them, in nats, and their accuracy in percent."""
+  from prompt_tuning_jax.analysis import label_choice
+  inputs = [prompted.tokens(place, _written(place, row, template), 'input', flags.max_input_length)
+            for place, row in rows]
+  log_p = prompted.predictor.first_words(prompted.params, inputs)
+  chosen = label_choice.choose(log_p, labels, label_choice.candidates(
+      log_p, labels, _whole_words(prompted.vocabulary), flags.candidates))
+  return {'words': [prompted.vocabulary.decode([word]).strip() for word in chosen],
+          'log_likelihood': label_choice.likelihood(log_p, labels, chosen),
+          'accuracy': label_choice.accuracy(log_p, labels, chosen)}
+
+
+def _written(place, row, template) -> dict:
+  """The row with its inputs in the template."""
+  if template == '{}':
+    return row
+  if not isinstance(text := row.get('inputs'), str):
+    raise ValueError(f'{place}: a template takes a text in "inputs", got the fields '
+                     f'{sorted(row)}.')
+  return {**row, 'inputs': template.replace('{}', text)}
 
 
 def _whole_words(vocabulary):
@@ -78,6 +109,9 @@ def main(argv: list[str]) -> int:
                     help='rows that the words are chosen from (default the first 512)')
   made.add_argument('--candidates', type=int, default=20, metavar='K',
                     help='words that are tried for each label (default 20)')
+  made.add_argument('--template', action='append', metavar='TEXT',
+                    help="what inputs are written into, at its '{}': '{} It was [MASK].' for a "
+                         'BERT; given several times, the best of them')
   return verb.run(made, argv, label_words)
 
 

@@ -61,16 +61,54 @@ def test_the_verbs_rows_score_as_it_says(tmp_path, tiny_base, reviews, capsys):
   assert json.loads(capsys.readouterr().out)['examples'] == 40
 
 
+def test_of_templates_the_one_whose_words_tell_labels_apart_best_is_taken(
+    tmp_path, tiny_base, reviews, capsys):
+  """A template that leaves nothing of the inputs to be seen is not it, whatever its place."""
+  rows = [json.loads(line) for line in reviews.open(encoding='utf-8')][:40]
+  source, output = tmp_path / 'rows.jsonl', tmp_path / 'words.jsonl'
+  source.write_text(''.join(json.dumps({'inputs': row['text'], 'targets': row['label']}) + '\n'
+                            for row in rows), encoding='utf-8')
+  blind, seeing = 'a film ' * 20 + '{}', 'it is {} film'
+  flags = ['--base', str(tiny_base), '--batch_size', '40', '--input', str(source), '--output',
+           str(output), '--max_input_length', '20', '--template']
+  singly = {}
+  for template in (blind, seeing):
+    assert label_words.main([*flags, template]) == 0
+    told = json.loads(capsys.readouterr().out)
+    singly[template] = told['templates'][template]
+    assert told['template'] == template and told['accuracy'] == singly[template]['accuracy']
+    output.unlink()
+  for order in ((blind, seeing), (seeing, blind)):
+    assert label_words.main([*flags, order[0], '--template', order[1]]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told['template'] == seeing and told['templates'] == singly
+    written = [json.loads(line) for line in output.open(encoding='utf-8')]
+    assert [row['inputs'] for row in written] == [f'it is {row["text"]} film' for row in rows]
+    assert [row['targets'] for row in written] == [told['words'][row['label']] for row in written]
+    output.unlink()
+  assert singly[seeing]['log_likelihood'] > singly[blind]['log_likelihood']
+
+
 @pytest.mark.parametrize(('row', 'flags', 'said'), [
+    ({'targets': 'good'}, ('--template=none',), "one '{}', where inputs stand, got 'none'."),
     ({'targets': 'good'}, (), 'labels in "targets", got 1 in the first 1 rows: raise --examples'),
     ({'targets': 1}, (), 'a label in "targets" should be a text, got 1, of type int.'),
     ({}, (), 'expected a label in "targets", got the fields [\'inputs\']'),
     ({'targets': 'good'}, ('--examples=0',), '--examples must be at least 1, got 0.'),
     ({'targets': 'good'}, ('--candidates=-2',), '--candidates must be at least 1, got -2.')],
-                         ids=['one', 'number', 'none', 'examples', 'candidates'])
+                         ids=['template', 'one', 'number', 'none', 'examples', 'candidates'])
 def test_what_gives_no_words_is_told(tmp_path, tiny_base, capsys, row, flags, said):
   source = tmp_path / 'rows.jsonl'
   source.write_text(json.dumps({'inputs': 'a', **row}) + '\n', encoding='utf-8')
   assert label_words.main([f'--base={tiny_base}', f'--input={source}',
                            f'--output={tmp_path / "words.jsonl"}', *flags]) == 1
   assert said in capsys.readouterr().err
+
+
+def test_ids_cannot_be_written_into_a_template(tmp_path, tiny_base, capsys):
+  source = tmp_path / 'rows.jsonl'
+  source.write_text(''.join(json.dumps({'input_tokens': [5, 1], 'targets': label}) + '\n'
+                            for label in ('good', 'bad')), encoding='utf-8')
+  assert label_words.main([f'--base={tiny_base}', f'--input={source}', '--template=it: {}',
+                           f'--output={tmp_path / "words.jsonl"}']) == 1
+  assert 'rows.jsonl, line 1: a template takes a text in "inputs"' in capsys.readouterr().err

@@ -65,6 +65,7 @@ class BartConfig:
   layer_norm_epsilon = 1e-5
   position_offset = 2  # rows of the table of positions before that of the first
   embedding = t5.T5Config.embedding
+  output = t5.T5Config.output
   attention_modules = t5.T5Config.attention_modules
   prompted_stack = t5.T5Config.prompted_stack
   attentions = t5.T5Config.attentions
@@ -194,4 +195,5 @@ class Decoder(nn.Module):
                            deterministic, index, length, prefix, adapters)
     bias = partitioning.param_with_axes('logits_bias', nn.initializers.zeros, (cfg.vocab_size,),
                                         jnp.float32, axes=('vocab',))
-    return (self.shared_embedding.attend(x) + bias).at[..., 0].set(masks.MASKED)
+    outputs = layers.TiedOutput(self.shared_embedding, name='logits_dense')(x)
+    return (outputs + bias).at[..., 0].set(masks.MASKED)

@@ -64,6 +64,7 @@ class BertConfig:
   layer_norm_epsilon = 1e-12
   position_offset = 0
   embedding = 'token_embedder/embedding'
+  output = 'head/logits_dense/kernel'
   attention_modules = {'encoder': ('encoder', 'attention')}
   prompted_stack = 'encoder'
 
@@ -193,4 +194,4 @@ class Head(nn.Module):
     x = bart.norm(cfg, 'layer_norm')(layers.ACTIVATIONS[cfg.mlp_activations[0]](x))
     bias = partitioning.param_with_axes('logits_bias', nn.initializers.zeros, (cfg.vocab_size,),
                                         jnp.float32, axes=('vocab',))
-    return self.shared_embedding.attend(x) + bias
+    return layers.TiedOutput(self.shared_embedding, name='logits_dense')(x) + bias

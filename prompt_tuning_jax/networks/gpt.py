@@ -73,6 +73,7 @@ class GPTConfig:
 
   # Where the embedding table is, and the modules that make each place's keys and values.
   embedding = 'decoder/token_embedder/embedding'
+  output = 'decoder/logits_dense/kernel'
   attention_modules = {'decoder': ('decoder', 'self_attention')}
   prompted_stack = 'decoder'  # the module whose `layers_…` the inputs go through
 
@@ -155,7 +156,9 @@ class Decoder(nn.Module):
     self.layers = layer_stack.make(DecoderLayer, cfg, cfg.num_layers, static=(6, 9), shared=10)
     self.decoder_norm = _norm(cfg)
     self.drop = layers.dropout(cfg.dropout_rate)
-    if not cfg.logits_via_embedding:
+    if cfg.logits_via_embedding:
+      self.logits_dense = layers.TiedOutput(self.token_embedder)
+    else:
       self.logits_dense = layers.Dense(cfg.vocab_size, ('embed', 'vocab'), dtype,
                                        out_dtype=jnp.float32)
 
@@ -185,10 +188,9 @@ class Decoder(nn.Module):
     """[B, S, D] -> [B, S, V] float32."""
     cfg = self.config
     x = self.drop(self.decoder_norm(x), deterministic=deterministic)
-    if not cfg.logits_via_embedding:
-      outputs = self.logits_dense(x)
-    else:
-      outputs = self.token_embedder.attend(x * cfg.emb_dim ** -0.5 if cfg.scale_logits else x)
+    if cfg.logits_via_embedding and cfg.scale_logits:
+      x *= cfg.emb_dim ** -0.5
+    outputs = self.logits_dense(x)
     return outputs if cfg.has_padding_row else outputs.at[..., 0].set(masks.MASKED)
 
 

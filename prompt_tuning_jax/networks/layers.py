@@ -62,10 +62,6 @@ class Embed(nn.Module):
     first = virtual_embeddings if virtual_embeddings.ndim == 2 else virtual_embeddings[0]
     return _with_virtual(words, tokens, first, self.num_embeddings)
 
-  def attend(self, x: Array) -> Array:
-    """Logits of the tied output layer: [..., D] -> [..., V], float32."""
-    return int8.dot(x, self.embedding.T, jnp.float32)
-
 
 def virtual_of_layer(x: Array, tokens: Array, virtual_embeddings: Array | None,
                      layer: Array | int, num_embeddings: int) -> Array:
@@ -133,6 +129,25 @@ class Dense(nn.Module):
   def _change(self, name: str) -> Array | None:
     change = self.get_variable('changes', name)
     return None if change is None else change.astype(self.dtype)
+
+
+class TiedOutput(nn.Module):
+  """Logits of an output layer that is the embedding table: [..., D] -> [..., V], float32.
+
+  A LoRA of the layer (`prompts.weight_changes`), which leaves the embeddings of inputs as they are,
+  is added as `Dense` does it, from the collection `changes` or, for all examples, the parameters.
+  """
+
+  shared_embedding: Embed
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    product = int8.dot(x, self.shared_embedding.embedding.T, jnp.float32)
+    for collection in ('params', 'changes'):
+      if (thin := self.get_variable(collection, 'lora_a')) is not None:
+        wide = self.get_variable(collection, 'lora_b')
+        product += (x @ thin.astype(x.dtype) @ wide.astype(x.dtype)).astype(jnp.float32)
+    return product
 
 
 class LayerNorm(nn.Module):

@@ -58,6 +58,7 @@ class T5Config:
   embedding_stddev = 1.0  # of a new table
   # Where the embedding table is, and the modules that make each place's keys and values.
   embedding = 'token_embedder/embedding'
+  output = 'decoder/logits_dense/kernel'  # no leaf where it is tied to the embedding table
   attention_modules = {'encoder': ('encoder', 'attention'),
                        'decoder': ('decoder', 'self_attention'),
                        'cross': ('decoder', 'encoder_decoder_attention')}
@@ -206,7 +207,8 @@ class Decoder(nn.Module):
     x = _norm(cfg, 'decoder_norm')(x)
     x = layers.dropout(cfg.dropout_rate)(x, deterministic=deterministic)
     if cfg.logits_via_embedding:
-      return self.shared_embedding.attend(x * cfg.emb_dim ** -0.5)
+      return layers.TiedOutput(self.shared_embedding, name='logits_dense')(
+          x * cfg.emb_dim ** -0.5)
     return layers.Dense(cfg.vocab_size, ('embed', 'vocab'), jnp.dtype(cfg.dtype),
                         out_dtype=jnp.float32, name='logits_dense')(x)
 

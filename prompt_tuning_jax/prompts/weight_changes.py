@@ -7,7 +7,8 @@
                    scaling of the hidden activations
 
 The network is as it was: it is given other kernels. Whatever else a tree of trained leaves holds
-(`prompt/…`, `prefix/…`) stands beside the network's own.
+(`prompt/…`, `prefix/…`) stands beside the network's own. So does a LoRA of an output layer that is
+the embedding table, which has no kernel of its own (`networks.layers.TiedOutput`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.types import Array, PyTree
 
 KINDS = ('lora', 'ia3', 'ia3_in')
+TABLE, OUTPUT = 'token_embedder/embedding', '/logits_dense/kernel'
 
 
 def combined(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> PyTree:
@@ -41,6 +43,9 @@ def combined(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> PyTree:
   for kind, of in changes.items():
     paths = {path.rpartition('/')[0] for path in of} if kind == 'lora' else set(of)
     for path in sorted(paths):
+      if path not in leaves and kind == 'lora' and path.endswith(OUTPUT):
+        beside.update(_of_tied_output(path, leaves, of))
+        continue
       if path not in leaves:
         raise ValueError(f'{kind} changes {path}, which the base does not have.')
       leaves[path] = _changed(kind, path, leaves[path], of)
@@ -98,12 +103,27 @@ def _changed(kind: str, path: str, kernel: Array, of: Mapping[str, Array]) -> Ar
     raise ValueError(f'{kind} changes {path}, which has eight bits: take the base in bfloat16 or '
                      'float32.')
   if kind == 'lora':
-    a, b = of[f'{path}/a'], of[f'{path}/b']
-    if (a.shape[0], b.shape[1]) != kernel.shape or a.shape[1] != b.shape[0]:
-      raise ValueError(f'lora of {path}: {a.shape} and {b.shape} do not make {kernel.shape}.')
+    a, b = _lora(path, kernel.shape, of)
     return kernel + jnp.matmul(a, b).astype(kernel.dtype)
   scale, axis = of[path], 1 if kind == 'ia3' else 0
   if scale.shape != (kernel.shape[axis],):
     raise ValueError(f'{kind} of {path}: {scale.shape} does not scale axis {axis} of '
                      f'{kernel.shape}.')
   return kernel * jnp.expand_dims(scale, 1 - axis).astype(kernel.dtype)
+
+
+def _lora(path: str, shape: tuple[int, ...], of: Mapping[str, Array]) -> tuple[Array, Array]:
+  """The two halves of a change of a kernel of this shape; ValueError where they are not."""
+  a, b = of[f'{path}/a'], of[f'{path}/b']
+  if (a.shape[0], b.shape[1]) != shape or a.shape[1] != b.shape[0]:
+    raise ValueError(f'lora of {path}: {a.shape} and {b.shape} do not make {shape}.')
+  return a, b
+
+
+def _of_tied_output(path: str, leaves: Mapping[str, Any],
+                    of: Mapping[str, Array]) -> dict[str, Array]:
+  """{leaf: half} of a change of the output layer that is the embedding table among `leaves`."""
+  [table] = [leaf for name, leaf in leaves.items() if name.endswith(TABLE)]
+  a, b = _lora(path, table.shape[::-1], of)
+  layer = path.removesuffix('/kernel')
+  return {f'{layer}/lora_a': a, f'{layer}/lora_b': b}

@@ -18,8 +18,6 @@ from prompt_tuning_jax.training.evaluate import first_pieces
 from prompt_tuning_jax.training.methods import placed_tokens, save_file
 from prompt_tuning_jax.types import Array, PyTree
 
-OUTPUT = 'decoder/logits_dense/kernel'
-
 
 @dataclasses.dataclass(frozen=True)
 class Warp:
@@ -27,7 +25,8 @@ class Warp:
 
   A label's vector is the output layer's column of its first piece, and what trains is added to that
   column: `a` [D, C] of a change a b of the layer, whose b [C, V], fixed, picks the columns. So the
-  file is a prompt with a LoRA of one layer, and is served as such.
+  file is a prompt with a LoRA of one layer, and is served as such. Where that layer is the
+  embedding table (BERT), the embeddings of inputs stay as they are.
 
   Args:
     length, placement, initializer: the prompt's, as of `methods.PromptTuning`.
@@ -39,16 +38,13 @@ class Warp:
   initializer: Callable = initializers.SampledVocabulary()
   columns: tuple[int, ...] = ()
 
-  trainable = (f'prompt/.*|lora/{OUTPUT}/a',)
+  trainable = ('prompt/.*|lora/.*/a',)
 
   virtual_tokens = placed_tokens
 
   def for_data(self, caches: Sequence[TokenCache], base: Base, vocabulary: Any,
                seed: int) -> 'Warp':
     """This method for the labels of one task."""
-    if OUTPUT not in param_paths.flatten(base.params):
-      raise ValueError(f'{base.name} has no {OUTPUT}: its output layer is its embedding table, '
-                       'which has no vectors of its own to train.')
     return dataclasses.replace(self, columns=tuple(
         ids[-1] for ids in first_pieces(caches, vocabulary)))
 
@@ -61,14 +57,15 @@ class Warp:
     width, size = base.config.emb_dim, base.config.vocab_size
     prompt = self.initializer(key, self.length, base.embedding, vocabulary)
     return param_paths.unflatten({
-        'prompt/embedding': prompt, f'lora/{OUTPUT}/a': jnp.zeros((width, len(self.columns))),
-        f'lora/{OUTPUT}/b': self._picks(size)})
+        'prompt/embedding': prompt,
+        f'lora/{base.config.output}/a': jnp.zeros((width, len(self.columns))),
+        f'lora/{base.config.output}/b': self._picks(size)})
 
   def save(self, path: pathlib.Path, trained: PyTree, base: Base, about: Mapping[str, Any]):
     """Writes the prompt and the vectors as `path`.safetensors."""
     leaves = param_paths.flatten(trained)
     if self.columns:  # A dry run has no labels.
-      leaves[f'lora/{OUTPUT}/b'] = self._picks(base.config.vocab_size)
+      leaves[f'lora/{base.config.output}/b'] = self._picks(base.config.vocab_size)
     save_file(path, param_paths.unflatten(leaves), base, about, method='warp',
               placement=self.placement, length=self.length)
 

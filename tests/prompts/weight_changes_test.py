@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax import param_paths
+from prompt_tuning_jax.networks.bart import BartConfig
+from prompt_tuning_jax.networks.bert import BertConfig
 from prompt_tuning_jax.networks.gpt import GPTConfig
 from prompt_tuning_jax.networks.parameters import parameter_specs
 from prompt_tuning_jax.networks.t5 import T5Config
@@ -90,3 +92,49 @@ def test_a_batch_that_mixes_changes_is_each_alone(config):
     np.testing.assert_allclose(mixed[i], alone[0], rtol=1e-4, atol=1e-4)
   with pytest.raises(ValueError, match='prompt/embedding does not change a kernel'):
     stacked([{'prompt': {'embedding': draw(2, 8)}}])
+
+
+TIED = {'t5': T5Config(40, 8, 2, 1, 1, 4, 16, logits_via_embedding=True),
+        'gpt': GPTConfig(40, 8, 2, 1, 4, 16, logits_via_embedding=True, scale_logits=False),
+        'bart': BartConfig(40, 8, 2, 1, 1, 4, 16, max_positions=24),
+        'bert': BertConfig(40, 8, 2, 1, 4, 16, max_positions=24, mask_id=4, end_id=3)}
+
+
+@pytest.mark.parametrize('kind', TIED)
+def test_a_tied_output_layer_changes_and_the_embeddings_of_inputs_do_not(kind):
+  """A change of one column, for each example and for all: that word's logits alone are others, by
+  the product that the change is."""
+  config, word = TIED[kind], 7
+  draw = lambda *shape: RNG.normal(size=shape).astype(np.float32)
+  base = param_paths.unflatten({path: draw(*spec.shape) / np.sqrt(spec.shape[0])
+                                for path, spec in parameter_specs(config).items()})
+  assert config.output not in param_paths.flatten(base)
+  a, b = draw(8, 1), np.eye(1, 40, word, dtype=np.float32)
+  change = param_paths.unflatten({f'lora/{config.output}/a': a, f'lora/{config.output}/b': b})
+  tokens = [RNG.integers(5, 40, (3, length)) for length in (6, 4, 4)]
+  tokens[0][:, 1], tokens[0][:, 3], tokens[0][:, 2] = 4, 4, word  # BERT's masks; an input of it
+  tokens[2][:, 2:] = 0
+  run = lambda variables: np.asarray(
+      config.network().apply(variables, *tokens, enable_dropout=False))[:, :2]
+  before, after = run({'params': base}), run({'params': combined(change, base)})
+  others = np.arange(40) != word
+  np.testing.assert_array_equal(after[..., others], before[..., others])
+  # What was added is linear in the change, and as large as the embedding's own product.
+  again = run({'params': combined(param_paths.unflatten({
+      f'lora/{config.output}/a': -3 * a, f'lora/{config.output}/b': b}), base)})
+  np.testing.assert_allclose(again[..., word] - before[..., word],
+                             -3 * (after[..., word] - before[..., word]), rtol=1e-4, atol=1e-5)
+  table = base
+  for name in config.embedding.split('/'):
+    table = table[name]
+  own = combined(param_paths.unflatten({f'lora/{config.output}/a': table[word][:, None],
+                                        f'lora/{config.output}/b': b}), base)
+  bias = base.get('decoder', base.get('head', {})).get('logits_bias', np.zeros(40))[word]
+  np.testing.assert_allclose(run({'params': own})[..., word] - bias,
+                             2 * (before[..., word] - bias), rtol=1e-4, atol=1e-5)
+  mixed = run({'params': base, 'changes': of_rows(stacked([{}, change]), np.array([1, 0, 1]))})
+  np.testing.assert_allclose(mixed[[0, 2]], after[[0, 2]], rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(mixed[1], before[1])
+  with pytest.raises(ValueError, match=r'do not make \(8, 40\)'):
+    combined(param_paths.unflatten({f'lora/{config.output}/a': a[1:],
+                                    f'lora/{config.output}/b': b}), base)
