@@ -110,9 +110,9 @@ def arrays(shapes: tuple, vocab_size: int) -> tuple:
     zeros = jnp.zeros(like.shape, like.dtype)
     if not isinstance(like, int8.Quantized):
       return normal(next(keys), zeros)
-    values = jax.random.randint(next(keys), like.shape, -127, 128, jnp.int8)
+    values = jax.random.randint(next(keys), like.values.shape, -127, 128, jnp.int8)
     scale = jnp.full(like.scale.shape, like.shape[-2] ** -0.5 / 73, jnp.float32)
-    return int8.Quantized(values, scale)
+    return like.replace(values=values, scale=scale)
 
   rng = np.random.default_rng(0)
   size = next(iter(jax.tree.leaves(state.trainable))).shape[0]

@@ -3,7 +3,8 @@
   python benchmarks/prediction.py --only generation --networks mini
 
   mixed       a batch of 16 rows with 16 prompts against 16 rows with one prompt
-  generation  greedy tokens per second against Hugging Face's `generate` with PEFT's prompt tuning
+  generation  greedy tokens per second against Hugging Face's `generate` with PEFT's prompt tuning;
+              ours in float32, and with weights of eight bits (PEFT has no such for processors)
   rank        four labels of each input against the score of one label
   ensemble    5 prompts' answers to 1, 2, 4 examples in one batch against 5 runs, one a prompt
 
@@ -31,11 +32,12 @@ import jax.numpy as jnp
 import numpy as np
 from turns import compared
 
-from prompt_tuning_jax import launch, prompted_model
+from prompt_tuning_jax import launch, param_paths, prompted_model
 from prompt_tuning_jax.checkpoints import base_checkpoint, peft_adapter
 from prompt_tuning_jax.checkpoints.base_checkpoint import Base
 from prompt_tuning_jax.checkpoints.prompt_file import EMBEDDING, PromptFile
 from prompt_tuning_jax.data import batches
+from prompt_tuning_jax.networks import int8
 from prompt_tuning_jax.prompt_bank import PromptBank
 from prompt_tuning_jax.prompted_model import PromptedModel
 
@@ -92,10 +94,11 @@ class Bench:
     batch, added = self._batch(bank, names, inputs, targets)
     return np.asarray(self._log_likelihood(self.base.params, batch, added=added))
 
-  def generate(self, bank: PromptBank, names, inputs) -> np.ndarray:
-    """[B, new_tokens] ids."""
+  def generate(self, bank: PromptBank, names, inputs, params=None) -> np.ndarray:
+    """[B, new_tokens] ids, of other parameters than the base's if they are given."""
     batch, added = self._batch(bank, names, inputs, [[1]] * len(inputs))
-    return np.asarray(self._generate(self.base.params, batch['encoder_input_tokens'],
+    params = self.base.params if params is None else params
+    return np.asarray(self._generate(params, batch['encoder_input_tokens'],
                                      max_length=self.flags.new_tokens, eos_id=NEVER,
                                      added=added)[0])
 
@@ -133,18 +136,34 @@ def generation(bench: Bench) -> dict:
   flags, results = bench.flags, {}
   bank = bench.prompts(1)
   theirs = _hugging_face(bench.base, bank.files['0'])
+  small = _in_eight_bits(bench.base.params)
   for rows in flags.generation_rows:
     inputs = bench.texts(rows, flags.generation_input_length)
-    ours = lambda inputs=inputs: bench.generate(bank, ['0'] * len(inputs), inputs)
-    runs = {'hugging_face': functools.partial(theirs, inputs, flags.new_tokens), 'ours': ours}
+    ours = functools.partial(bench.generate, bank, ['0'] * len(inputs), inputs)
+    runs = {'hugging_face': functools.partial(theirs, inputs, flags.new_tokens), 'ours': ours,
+            'ours_int8': functools.partial(ours, small)}
     tokens = {name: run() for name, run in runs.items()}
-    if not np.array_equal(*tokens.values()):
+    if not np.array_equal(tokens['hugging_face'], tokens['ours']):
       raise SystemExit(f'The tokens differ: {tokens}')
-    result = compared(runs, {'speedup': ('hugging_face', 'ours')}, flags.repeats)
+    result = compared(runs, {'speedup': ('hugging_face', 'ours'),
+                             'int8_speedup': ('hugging_face', 'ours_int8')}, flags.repeats)
     result['tokens_per_second'] = {name: rows * flags.new_tokens / seconds
                                    for name, seconds in result['seconds']['medians'].items()}
     results[f'{rows}_rows'] = result
   return results
+
+
+def _in_eight_bits(params):
+  """The parameters as `--parameter_dtype=int8` loads them."""
+  def small(path, leaf):
+    if not int8.is_small(path):
+      return leaf
+    kernel = int8.is_kernel(path)
+    made = map(jnp.asarray, int8.quantize(np.asarray(leaf.T if kernel else leaf)))
+    return int8.Quantized(*made, kernel)
+
+  return param_paths.unflatten({path: small(path, leaf)
+                                for path, leaf in param_paths.flatten(params).items()})
 
 
 def _hugging_face(base: Base, prompt: PromptFile) -> Callable[[list, int], np.ndarray]:

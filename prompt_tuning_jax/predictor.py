@@ -71,6 +71,8 @@ class DecodingSettings:
            'top_k and top_p belong to a temperature above 0')
     expect(abs(self.length_penalty) <= 100,
            f'length_penalty should be such as 0.6, got {self.length_penalty}')
+    expect(self.num_beams > 1 or self.length_penalty == 0.6,
+           'A length_penalty belongs to beam search: set num_beams')
     expect(self.seed >= 0, f'seed should be 0 or more, got {self.seed}')
     expect(all(self.stop), 'A stop string is empty')
     expect(all(text.encode('utf-8', 'ignore').decode() == text for text in self.stop),

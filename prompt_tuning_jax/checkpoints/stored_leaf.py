@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.networks import int8, layer_stack
@@ -76,22 +77,12 @@ def cast(leaf: StoredLeaf, dtype: DType | None) -> StoredLeaf:
       leaf.read(index)).astype(dtype, copy=False))
 
 
-def quantized(leaf: StoredLeaf, axis: int) -> tuple[StoredLeaf, StoredLeaf]:
-  """(values, scale) of `networks.int8`. A part of either is made from the whole of `axis`."""
-  def read(index: tuple[slice, ...]) -> tuple[np.ndarray, np.ndarray]:
-    whole = list(index)
-    whole[axis] = slice(None)
-    return int8.quantize(leaf.read(tuple(whole)), axis)
-
-  def read_values(index: tuple[slice, ...]) -> np.ndarray:
-    part = [slice(None)] * len(leaf.shape)
-    part[axis] = index[axis]
-    return read(index)[0][tuple(part)]
-
-  scale = list(leaf.shape)
-  scale[axis] = 1
-  return (dataclasses.replace(leaf, dtype='int8', read=read_values),
-          dataclasses.replace(leaf, dtype='float32', shape=tuple(scale),
+def quantized(leaf: StoredLeaf) -> tuple[StoredLeaf, StoredLeaf]:
+  """(values, scale) of `networks.int8`. A part of either is made from whole rows."""
+  read = lambda index: int8.quantize(leaf.read((*index[:-1], slice(None))))
+  return (dataclasses.replace(leaf, dtype='int8',
+                              read=lambda index: read(index)[0][..., index[-1]]),
+          dataclasses.replace(leaf, dtype='float32', shape=(*leaf.shape[:-1], 1),
                               read=lambda index: read(index)[1]))
 
 
@@ -136,9 +127,14 @@ def load(stored: Mapping[str, StoredLeaf], shapes: Mapping[str, Shape], where: s
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   groups = layer_stack.grouped(shapes) if scan_layers else {path: [path] for path in shapes}
 
-  def put(path: str, leaves: Sequence[StoredLeaf]) -> jax.Array:
+  def put(path: str, leaves: Sequence[StoredLeaf], exchanged: bool = False) -> jax.Array:
     leaf = leaves[0] if path in stored else stacked(leaves)
-    sharding = sharding_for(path, leaf.shape) if sharding_for else device
+    sharding = device
+    if sharding_for:
+      sharding = sharding_for(path, int8.exchange(leaf.shape) if exchanged else leaf.shape)
+      if exchanged and isinstance(sharding, NamedSharding):
+        spec = (*sharding.spec, *(None,) * (len(leaf.shape) - len(sharding.spec)))
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*int8.exchange(spec)))
     if sharding.is_fully_addressable or sharding.is_fully_replicated:
       for each in filter(None, (leaf.verify for leaf in leaves)):
         each()  # Of many processes, each would read what the others need.
@@ -146,12 +142,13 @@ def load(stored: Mapping[str, StoredLeaf], shapes: Mapping[str, Shape], where: s
 
   def load_one(path: str) -> jax.Array | int8.Quantized | Exception:
     leaves = [stored[each] for each in groups[path]]
-    axis = int8.reduced_axis(path) if dtype == 'int8' else None
+    exchanged = int8.is_kernel(path)
     try:
-      if axis is None:
+      if dtype != 'int8' or not int8.is_small(path):
         return put(path, [cast(leaf, 'float32' if dtype == 'int8' else dtype) for leaf in leaves])
-      values, scale = zip(*(quantized(leaf, axis) for leaf in leaves), strict=True)
-      return int8.Quantized(put(path, values), put(path, scale))
+      values, scale = zip(*(quantized(transposed(leaf) if exchanged else leaf)
+                            for leaf in leaves), strict=True)
+      return int8.Quantized(put(path, values, exchanged), put(path, scale, exchanged), exchanged)
     except (ValueError, OSError) as error:
       return error
 

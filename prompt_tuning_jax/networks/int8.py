@@ -24,17 +24,25 @@ from prompt_tuning_jax.types import Array, DType, Initializer, Shape
 class Quantized:
   """A leaf in the place of a kernel [in, out] or of an embedding table [V, D]: values * scale.
 
+  A row of `values` is what shares a scale, an output's weights or a word's. So those of a kernel
+  are stored with their axes exchanged: a processor that multiplies one row of inputs, as decoding
+  does, then reads them as they are, where it would else make them float32 in memory first.
+
   Attributes:
-    values: of the leaf's shape, int8.
-    scale: [1, out] or [V, 1], float32. Those of scanned layers have an axis more, [L, …].
+    values: int8, [out, in] of a kernel, [V, D] of a table. Those of scanned layers have an axis
+      more, [L, …].
+    scale: [out, 1] or [V, 1], float32.
+    exchanged: whether the leaf is `values` with its last two axes exchanged: a kernel.
   """
 
   values: Array
   scale: Array
+  exchanged: bool = flax.struct.field(pytree_node=False, default=False)
 
   @property
   def shape(self) -> Shape:
-    return self.values.shape
+    """That of the weights that it stands for."""
+    return exchange(self.values.shape) if self.exchanged else self.values.shape
 
   @property
   def ndim(self) -> int:
@@ -51,25 +59,33 @@ class Quantized:
 
   @property
   def T(self) -> 'Quantized':
-    return Quantized(self.values.T, self.scale.T)
+    return self.replace(exchanged=not self.exchanged)
 
   def dequantized(self) -> Array:
     """The weights, float32."""
-    return self.values.astype(jnp.float32) * self.scale
+    weights = self.values.astype(jnp.float32) * self.scale
+    return weights.swapaxes(-1, -2) if self.exchanged else weights
 
 
-def reduced_axis(path: str) -> int | None:
-  """The axis that shares a scale, of a parameter that is stored in eight bits; None if it is not.
-  """
-  if path.endswith('/kernel'):
-    return -2
-  return -1 if path.endswith('token_embedder/embedding') else None
+def exchange(axes: tuple) -> tuple:
+  """What belongs to axes, such as a shape, with that of the last two exchanged."""
+  return (*axes[:-2], axes[-1], axes[-2])
 
 
-def quantize(weights: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
-  """Weights -> (values int8, scale float32 with size 1 at `axis`)."""
+def is_kernel(path: str) -> bool:
+  """Whether a parameter is a kernel, whose `values` are [out, in]."""
+  return path.endswith('/kernel')
+
+
+def is_small(path: str) -> bool:
+  """Whether a parameter is stored in eight bits, where the base is."""
+  return is_kernel(path) or path.endswith('token_embedder/embedding')
+
+
+def quantize(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Weights [..., rows, n] -> (values int8, scale [..., rows, 1] float32)."""
   weights = np.asarray(weights, np.float32)
-  scale = np.max(np.abs(weights), axis=axis, keepdims=True) / np.float32(127)
+  scale = np.max(np.abs(weights), axis=-1, keepdims=True) / np.float32(127)
   scale = np.where(scale > 0, scale, np.float32(1))  # of nothing but zeros
   return np.rint(weights / scale).astype(np.int8), scale
 
@@ -77,11 +93,13 @@ def quantize(weights: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
 def param_with_axes(name: str, init: Initializer, shape: Shape, axes: tuple[str, ...],
                     module: nn.Module) -> Any:
   """A float32 parameter of the module, or the `Quantized` leaf that it was given in its place."""
-  if not isinstance(module.get_variable('params', name), Quantized):
+  leaf = module.get_variable('params', name)
+  if not isinstance(leaf, Quantized):
     return partitioning.param_with_axes(name, init, shape, jnp.float32, axes=axes, module=module)
-  leaf = module.param(name, init, shape, jnp.float32)
-  return leaf.replace(
-      values=partitioning.with_sharding_constraint(leaf.values, PartitionSpec(*axes)))
+  if leaf.shape != shape:  # Flax compares no shapes but those of arrays.
+    raise ValueError(f'{name} should be {shape}, got {leaf.shape}.')
+  spec = PartitionSpec(*(exchange(axes) if leaf.exchanged else axes))
+  return leaf.replace(values=partitioning.with_sharding_constraint(leaf.values, spec))
 
 
 def take(table: Array | Quantized, rows: Array, dtype: DType) -> Array:
@@ -103,8 +121,11 @@ def dot(x: Array, kernel: Array | Quantized, out_dtype: DType | None = None) -> 
 # pass: a second and larger copy of the model.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _dot(dtype: jnp.dtype, out_dtype: jnp.dtype, x: Array, kernel: Quantized) -> Array:
-  product = jnp.dot(x, kernel.values.astype(dtype), preferred_element_type=out_dtype)
-  return (product.astype(jnp.float32) * kernel.scale[0]).astype(out_dtype)
+  values = kernel.values
+  if x.size == x.shape[-1]:  # One row: in a loop, the compiler would widen the kernel before it.
+    values, x = jax.lax.optimization_barrier((values, x))
+  product = jnp.dot(x, values.T.astype(dtype), preferred_element_type=out_dtype)
+  return (product.astype(jnp.float32) * kernel.scale[:, 0]).astype(out_dtype)
 
 
 def _forward(dtype: jnp.dtype, out_dtype: jnp.dtype, x: Array, kernel: Quantized):
@@ -113,9 +134,10 @@ def _forward(dtype: jnp.dtype, out_dtype: jnp.dtype, x: Array, kernel: Quantized
 
 def _backward(dtype: jnp.dtype, out_dtype: jnp.dtype, kernel: Quantized, gradient: Array):
   del out_dtype
-  scaled = (gradient.astype(jnp.float32) * kernel.scale[0]).astype(dtype)
-  frozen = Quantized(np.zeros(kernel.shape, jax.dtypes.float0), jnp.zeros_like(kernel.scale))
-  return jnp.dot(scaled, kernel.values.T.astype(dtype)), frozen
+  scaled = (gradient.astype(jnp.float32) * kernel.scale[:, 0]).astype(dtype)
+  frozen = kernel.replace(values=np.zeros(kernel.values.shape, jax.dtypes.float0),
+                          scale=jnp.zeros_like(kernel.scale))
+  return jnp.dot(scaled, kernel.values.astype(dtype)), frozen
 
 
 _dot.defvjp(_forward, _backward)

@@ -41,14 +41,3 @@ def count_before(counted: Array, segments: Array | None = None) -> Array:
     return count
   starts = jnp.diff(segments, axis=-1, prepend=-1) != 0
   return count - jax.lax.cummax(jnp.where(starts, count, 0), axis=1)
-
-
-def combine(*masks: Array | None) -> Array | None:
-  """All of the masks that are given, broadcast together; None if none is."""
-  given = [mask for mask in masks if mask is not None]
-  if not given:
-    return None
-  result = given[0]
-  for mask in given[1:]:
-    result = jnp.logical_and(result, mask)
-  return result

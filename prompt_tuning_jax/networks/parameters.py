@@ -56,13 +56,12 @@ def shapes(config: Any, dtype: DType = 'float32') -> PyTree:
   def leaf(path: str, of: list[str]) -> Any:
     shape = specs[of[0]].shape
     shape = shape if path in specs else (len(of), *shape)
-    axis = int8.reduced_axis(path) if dtype == 'int8' else None
-    if axis is None:
+    if dtype != 'int8' or not int8.is_small(path):
       return jax.ShapeDtypeStruct(shape, jnp.float32 if dtype == 'int8' else dtype)
-    scale = list(shape)
-    scale[axis] = 1
+    exchanged = int8.is_kernel(path)
+    shape = int8.exchange(shape) if exchanged else shape
     return int8.Quantized(jax.ShapeDtypeStruct(shape, jnp.int8),
-                          jax.ShapeDtypeStruct(tuple(scale), jnp.float32))
+                          jax.ShapeDtypeStruct((*shape[:-1], 1), jnp.float32), exchanged)
 
   specs = parameter_specs(config)
   paths = layer_stack.grouped(specs) if config.scan_layers else {path: [path] for path in specs}

@@ -196,7 +196,7 @@ class Engine:
     for name, file in sorted(served.bank.files.items()) if served else ():
       created = self._folder.created(name) if self._folder else 0
       found.append(Model(name, created or self._began, labels_of(file.metadata),
-                         file.metadata.get('task'), file.metadata))
+                         file.metadata.get('task')))
     return found
 
   def health(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 MAX_STOPS, MAX_STOP_BYTES = 4, 64  # of a text; programs have room for so many
 
@@ -73,7 +73,6 @@ class Model:
   created: int  # seconds since 1970
   labels: tuple[str, ...] | None = None
   task: str | None = None
-  metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -49,3 +49,27 @@ def test_seeds_become_a_mean_and_its_spread(tmp_path):
   assert (tmp_path / 'results.png').stat().st_size > 1000
   with pytest.raises(SystemExit, match='holds a run of other settings'):
     compare_methods.report_of({**settings, 'common': {'gin': ['Y=2']}}, 'm', 'a', 0, tmp_path)
+
+
+NETWORKS = tomllib.loads((FOLDER / 'compare_networks.toml').read_text('utf-8'))
+_spec = importlib.util.spec_from_file_location('pretrain_networks',
+                                               FOLDER / 'pretrain_networks.py')
+pretrain_networks = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(pretrain_networks)
+
+
+@pytest.mark.parametrize('name', pretrain_networks.NETWORKS)
+def test_every_network_is_pretrained_and_then_compared(name, tmp_path):
+  """Commands and settings are understood, each method's on this network."""
+  text = tmp_path / 'text.txt'
+  text.write_text('a text\n')
+  vocabulary, training = pretrain_networks.commands(name, [str(text)], tmp_path, 20)
+  assert vocabulary[2] == 'prompt_tuning_jax.train_vocabulary'
+  (tmp_path / f'{name}.json').write_text('{}')
+  assert launch.train([*training[3:], '--dry_run']) == 0
+  for method in NETWORKS['methods']:
+    task = 'gpt2' if name == 'gpt' else name
+    _, _, _, *flags = compare_methods.command(NETWORKS, method, task, 0, tmp_path / 'run')
+    base = f"--gin.INITIAL_CHECKPOINT_PATH='/tmp/networks/{name}'"
+    flags[flags.index(base)] = f'--gin_file=network/{name}_micro.gin'
+    assert launch.train([*flags, '--gin.INITIAL_CHECKPOINT_PATH=None', '--dry_run']) == 0

@@ -1,11 +1,13 @@
 """The same base, its layers unrolled or scanned, in float32 or in eight bits: one fingerprint."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.checkpoints import base_checkpoint, stored_leaf, t5x_legacy
@@ -63,7 +65,7 @@ def test_eight_bits_are_of_the_weights_in_the_file(folder, scan_layers):
   whole = layer_stack.scanned(flat(plain)) if scan_layers else flat(plain)
   for path, leaf in flat(small).items():
     if isinstance(leaf, int8.Quantized):
-      axis = int8.reduced_axis(path)
+      axis = -2 if int8.is_kernel(path) else -1
       assert np.all(np.abs(leaf.dequantized() - whole[path])
                     <= np.max(np.abs(whole[path]), axis=axis, keepdims=True) / 254 * (1 + 1e-5))
     else:
@@ -76,11 +78,36 @@ def test_parts_of_a_leaf_in_eight_bits_are_those_of_the_whole():
   weights = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
   leaf = stored_leaf.StoredLeaf('w', (6, 4), 'float32', lambda index: weights[index])
   whole = (slice(None), slice(None))
-  values, scale = stored_leaf.quantized(leaf, -2)
-  for part in ((slice(2, 4), slice(None)), (slice(None), slice(1, 3)), (slice(0, 3), slice(2, 4))):
-    np.testing.assert_array_equal(values.read(part), values.read(whole)[part])
-    np.testing.assert_array_equal(scale.read((slice(None), part[1])),
-                                  scale.read(whole)[:, part[1]])
+  for seen in (leaf, stored_leaf.transposed(leaf)):
+    values, scale = stored_leaf.quantized(seen)
+    assert values.shape == seen.shape and scale.shape == (seen.shape[0], 1)
+    for part in ((slice(2, 4), slice(None)), (slice(None), slice(1, 3)),
+                 (slice(0, 3), slice(2, 4))):
+      np.testing.assert_array_equal(values.read(part), values.read(whole)[part])
+      np.testing.assert_array_equal(scale.read((part[0], slice(None))),
+                                    scale.read(whole)[part[0]])
+
+
+@pytest.mark.parametrize('scan_layers', [False, True], ids=['unrolled', 'scanned'])
+def test_weights_in_eight_bits_lie_where_the_others_do(folder, scan_layers):
+  """A kernel's outputs are split as its axis says, though they are the first axis of what lies."""
+  mesh, asked = jax.make_mesh((1, 1), ('data', 'model'), (AxisType.Auto, AxisType.Auto)), {}
+
+  def sharding_for(path, shape):
+    asked.setdefault(path, shape)
+    layers = (None,) * ('/layers/' in path)
+    return NamedSharding(mesh, PartitionSpec(*(*layers, 'data', 'model')[:len(shape)]))
+
+  load = functools.partial(base_checkpoint.load_base, folder, scan_layers=scan_layers,
+                           sharding_for=sharding_for)
+  plain = {path: (leaf.shape, leaf.sharding.spec) for path, leaf in flat(load()).items()}
+  for path, leaf in flat(load(dtype='int8')).items():
+    assert asked[path] == leaf.shape == plain[path][0]
+    if isinstance(leaf, int8.Quantized) and leaf.exchanged:
+      assert tuple(leaf.values.sharding.spec) == int8.exchange(tuple(plain[path][1]))
+      assert leaf.scale.sharding.spec == leaf.values.sharding.spec
+    else:
+      assert leaf.sharding.spec == plain[path][1]
 
 
 def test_a_layer_that_is_missing_is_told_by_its_name(folder):

@@ -20,17 +20,18 @@ def random(*shape):
   return RNG.normal(size=shape).astype(np.float32)
 
 
-def quantized(weights, axis=-2):
-  values, scale = int8.quantize(weights, axis)
-  return int8.Quantized(jnp.asarray(values), jnp.asarray(scale))
+def quantized(weights, kernel=True):
+  values, scale = int8.quantize(weights.swapaxes(-1, -2) if kernel else weights)
+  return int8.Quantized(jnp.asarray(values), jnp.asarray(scale), kernel)
 
 
 def test_a_weight_is_at_most_half_a_step_off():
   weights = random(50, 30) * np.exp(random(30))
   leaf = quantized(weights)
-  assert leaf.values.dtype == jnp.int8 and leaf.scale.shape == (1, 30)
+  assert leaf.values.dtype == jnp.int8 and leaf.scale.shape == (30, 1)
+  assert leaf.values.shape == (30, 50) and leaf.shape == weights.shape
   largest = np.abs(weights).max(axis=0)
-  np.testing.assert_array_equal(np.abs(leaf.values).max(axis=0), 127)
+  np.testing.assert_array_equal(np.abs(leaf.values).max(axis=1), 127)
   assert np.all(np.abs(leaf.dequantized() - weights) <= largest / 254 * (1 + 1e-5))
 
 
@@ -60,7 +61,7 @@ def test_products_are_those_of_the_dequantized_weights(dtype, tolerance):
 
 def test_rows_of_a_table_and_none():
   table = random(7, 4)
-  leaf = quantized(table, -1)
+  leaf = quantized(table, kernel=False)
   rows = int8.take(leaf, jnp.array([[3, 0], [6, 7]]), jnp.float32)
   np.testing.assert_array_equal(rows[0], leaf.dequantized()[jnp.array([3, 0])])
   assert np.all(np.isnan(rows[1, 1])) and np.all(np.isfinite(rows[1, 0]))
@@ -68,7 +69,7 @@ def test_rows_of_a_table_and_none():
 
 def quantized_params(params):
   return param_paths.unflatten({
-      path: leaf if (axis := int8.reduced_axis(path)) is None else quantized(leaf, axis)
+      path: quantized(leaf, int8.is_kernel(path)) if int8.is_small(path) else leaf
       for path, leaf in param_paths.flatten(params).items()})
 
 

@@ -22,13 +22,6 @@ def test_causal_compares_positions_not_indices():
                                 [[[[True, True, True, False]]]])
 
 
-def test_combine():
-  a, b = np.array([[[[True, True]]]]), np.array([[[[True, False], [True, True]]]])
-  np.testing.assert_array_equal(masks.combine(None, a, b), b)
-  np.testing.assert_array_equal(masks.combine(a, None), a)
-  assert masks.combine(None, None) is None
-
-
 def test_positions_count_live_tokens_from_the_start_of_each_segment():
   live = np.array([[0, 1, 1, 1, 1, 0], [1, 0, 1, 1, 0, 1]], bool)
   np.testing.assert_array_equal(masks.positions(live), [[0, 0, 1, 2, 3, 0], [0, 0, 1, 2, 0, 3]])
