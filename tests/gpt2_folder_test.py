@@ -162,6 +162,7 @@ def test_texts_longer_than_its_positions_are_told(folder, tmp_path, reviews, cap
               str(folder), methods.PromptTuning(250), optimizers.adafactor(), 1, 8)
 
 
+@pytest.mark.slow
 def test_only_biases_train(folder, tmp_path, reviews):
   result = run.train(TextFile(str(reviews)), {'inputs': 24, 'targets': 8}, str(tmp_path / 'm'),
                      str(folder), PartTuning(('.*/bias',)), optimizers.adamw(0.01), 1, 8)

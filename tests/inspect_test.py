@@ -48,6 +48,7 @@ def sections(path) -> list[str]:
   return re.findall(r'<h2>(.*?)</h2>', path.read_text('utf-8'))
 
 
+@pytest.mark.slow
 def test_a_report_has_words_others_and_attention_and_is_the_same_again(
     tmp_path, tiny_base, base, capsys):
   words = Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
@@ -80,8 +81,9 @@ def test_a_report_has_words_others_and_attention_and_is_the_same_again(
 
 @pytest.mark.parametrize('method, names, readings', [
     ('deep_prompt', {'deep'}, {'input', 'target'}),
-    ('prefix_tuning', {'prefix'}, {'input', 'target', 'target_to_target'}),
-    ('lora', {'others'}, set())])
+    pytest.param('prefix_tuning', {'prefix'}, {'input', 'target', 'target_to_target'},
+                 marks=pytest.mark.slow),
+    pytest.param('lora', {'others'}, set(), marks=pytest.mark.slow)])
 def test_a_run_of_any_method_can_be_looked_into(method, names, readings, tiny_base, reviews,
                                                 tmp_path, capsys):
   own = ['--gin.run.train.inspect=False'] if method == 'lora' else ['--gin.PROMPT_LENGTH=4']
@@ -109,6 +111,7 @@ def test_a_run_of_any_method_can_be_looked_into(method, names, readings, tiny_ba
   assert 'Training' in sections(tmp_path / 'report.html')
 
 
+@pytest.mark.slow
 def test_the_released_prompts_make_a_readable_report(test_assets, tmp_path, capsys):
   """Without their base, and with random weights of its width in its place."""
   prompts = test_assets / RELEASED

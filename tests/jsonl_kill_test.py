@@ -98,7 +98,9 @@ print(number)
 '''
 
 
-@pytest.mark.parametrize('mode, least', [('at_lines', 100), ('at_steps', 20), ('from_outside', 3)])
+@pytest.mark.parametrize('mode, least', [
+    pytest.param('at_lines', 100, marks=pytest.mark.slow), ('at_steps', 20),
+    pytest.param('from_outside', 3, marks=pytest.mark.slow)])
 def test_a_kill_at_any_moment_neither_tears_nor_loses_nor_repeats_a_row(tmp_path, mode, least):
   source, target = tmp_path / 'rows.jsonl', tmp_path / 'out' / 'out.jsonl'
   target.parent.mkdir()

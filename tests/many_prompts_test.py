@@ -74,6 +74,7 @@ def test_each_row_is_answered_by_the_prompt_it_names(answered, folder, rows, ver
         assert mixed[j]['prediction'] == max(LABELS, key=mixed[j][field].get)
 
 
+@pytest.mark.slow
 def test_samples_are_of_the_row_and_the_seed(answered, rows):
   flags = ('--temperature', '2', '--num_samples', '3', '--top_p', '0.9')
   texts = lambda answers: [row['predictions'] for row in answers]
@@ -142,6 +143,7 @@ def evaluated(capsys, *argv) -> dict:
   return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_its_members_votes_and_probabilities(tiny_base, folder, rows, tmp_path,
                                                            capsys, answered):
   source = write(tmp_path / 'all.jsonl', rows)

@@ -74,6 +74,7 @@ def mixed(tiny_base, folder):
                             max_decode_length=6)
 
 
+@pytest.mark.slow
 def test_a_mixed_batch_is_each_alone(tiny_base, folder, mixed):
   names = [*LEAVES, None]
   inputs, targets, labels = [*INPUTS, INPUTS[0]], [*TARGETS, TARGETS[0]], [*LABELS, LABELS[0]]
@@ -104,6 +105,7 @@ def test_the_base_beside_prompts_is_the_base(tiny_base, mixed):
   np.testing.assert_allclose(prior, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_the_batch(mixed):
   drawing = DecodingSettings(num_samples=3, temperature=1.5, top_k=20, seed=4)
   slots = [mixed.bank.slot(name) for name in LEAVES]

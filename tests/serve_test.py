@@ -67,6 +67,7 @@ def server(tmp_path, tiny_base, base):
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_server_from_its_start_to_its_end(server, base):
   client, folder, process = server
   assert client.get('/healthz').json()['status'] == 'ok'

@@ -145,6 +145,7 @@ def test_the_average_is_weighted_by_similarity_and_is_a_prompt_of_the_base(runs,
   assert output.read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rate, steps', [(0.0, 2), (0.3, 1)])
 def test_a_training_starts_from_the_average_as_the_verb_says(
     runs, tiny_base, reviews, capsys, token_dir, rate, steps):

@@ -67,6 +67,7 @@ def evaluated(capsys, *argv) -> dict:
   return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_several_devices_answer_as_one_does(tmp_path, tiny_base, base, rows):
   prompt = make_prompt(tmp_path / 'prompt.safetensors', base, labels=['bad', 'good'])
   command = ['--base', str(tiny_base), '--prompt', prompt, '--batch_size', '3',

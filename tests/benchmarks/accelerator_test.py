@@ -27,6 +27,7 @@ def tiny(monkeypatch):
   monkeypatch.setattr(launch, 'network_named', lambda name: TINY)
 
 
+@pytest.mark.slow
 def test_what_is_timed_is_a_step(tiny, tmp_path, capsys):
   """All but the chip's peak and PEFT on a GPU, which are told to be unknown."""
   output = tmp_path / 'result.json'
@@ -40,6 +41,7 @@ def test_what_is_timed_is_a_step(tiny, tmp_path, capsys):
   assert capsys.readouterr().out.splitlines()[1].split()[:3] == ['xxl', 'int8', 'xla']
 
 
+@pytest.mark.slow
 def test_layers_lie_on_a_line(tiny):
   """What one and two layers foretell of three is what is counted of three."""
   flags = accelerator.parser().parse_args([*SMALL_SHAPES, '--dropout_rate=0'])
@@ -69,8 +71,8 @@ def test_a_result_is_held_against_the_chip():
   assert accelerator.peaks('cpu') is None
 
 
-@pytest.mark.parametrize('size', [
-    'small', *(pytest.param(size, marks=pytest.mark.slow) for size in ('base', 'large', 'xl'))])
+@pytest.mark.slow
+@pytest.mark.parametrize('size', ['small', 'base', 'large', 'xl'])
 def test_every_size_is_lowered_for_accelerators(size, monkeypatch):
   monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000)
   flags = accelerator.parser().parse_args([])

@@ -58,6 +58,7 @@ pretrain_networks = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(pretrain_networks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', pretrain_networks.NETWORKS)
 def test_every_network_is_pretrained_and_then_compared(name, tmp_path):
   """Commands and settings are understood, each method's on this network."""

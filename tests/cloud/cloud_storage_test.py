@@ -52,6 +52,7 @@ def upload(bucket, folder, name):
   return f'{bucket.url}/{name}'
 
 
+@pytest.mark.slow
 def test_base_data_and_prompt_of_a_bucket_answer_as_local_ones(
     bucket, tmp_path, tiny_base, reviews, capsys):
   here = base_checkpoint.load_base(str(tiny_base))

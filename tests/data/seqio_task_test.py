@@ -158,6 +158,7 @@ def test_a_builder_ends_with_the_process_that_started_it(monkeypatch):
   assert ended == [1]
 
 
+@pytest.mark.slow
 def test_the_first_hidden_label_is_remembered(tmp_path):
   assert build(tmp_path / 'one', 'hidden').meta['first_hidden'] == 2
   assert build(tmp_path / 'other', 'many').meta['first_hidden'] is None
@@ -313,6 +314,7 @@ def test_unknown_split(tmp_path):
     build(tmp_path / 'cache', 'many', split='test')
 
 
+@pytest.mark.slow
 def test_an_error_in_the_other_process_is_one_line_here(tmp_path):
   task = SeqioTask('broken', modules=('tasks_for_this_test',))
   with pytest.raises(ValueError) as error:

@@ -23,7 +23,7 @@ OTHERS = ('npy', 't5x_of_t5x', 'jsonl', 'csv', 'tsv', 'text_task', 'spiece', 'me
 NEEDING = {'peft_of_peft': 'peft', 't5_of_transformers': 'transformers',
            'gpt2_of_transformers': 'transformers', 'tokenizer': 'tokenizers',
            'merges': 'tokenizers', 'words': 'tokenizers'}
-# A few formats in the fast run, and how many cases of each in the slow one.
+# A few formats of which some cases are read, and how many of each are where many are.
 FAST, SLOW = ('prompt', 'peft', 't5', 't5x', 'token_cache', 'jsonl', 'tokenizer'), 120
 
 
@@ -64,6 +64,7 @@ def check(folder: pathlib.Path, names, last: int, first: int = 0) -> None:
     assert name == 'partial' or results['equal'] < 0.6 * results.total(), (name, results)
 
 
+@pytest.mark.slow
 def test_some_cases_of_every_kind_of_file(specimens):
   check(specimens(FAST), FAST, 30)
 
@@ -77,6 +78,7 @@ def test_many_cases_of_each_format(specimens, names):
   check(specimens(names), names, SLOW)
 
 
+@pytest.mark.slow
 def test_a_case_is_the_same_in_every_process(specimens):
   folder = specimens(['prompt'])
   runs = [[json.loads(line)['how'] for line in child('read', folder, 0, 12, 'prompt')

@@ -93,7 +93,7 @@ def close(ours, expected, tolerance=2e-5):
   assert np.max(np.abs(ours - expected)) <= tolerance * max(1, np.sqrt(np.mean(expected ** 2)))
 
 
-@both
+@slow_for_bart
 def test_a_mixed_batch_is_each_example_alone_and_padding_does_not_matter(kind):
   mixed = outputs(kind, PLACED, LABELS)
   for i in range(3):

@@ -286,6 +286,7 @@ def test_greedy_decoding_of_a_prompted_gpt2():
   assert 0 < sum(EOS in row for row in expected) < 8, 'some texts should end, some not'
 
 
+@pytest.mark.slow
 def test_four_beams_of_a_prompted_gpt2():
   """Theirs one text at a time, since they would need padding before it."""
   model, params = gpt2()

@@ -96,7 +96,8 @@ def run(model, params, batch, added):
   return [leaf for leaf in jax.tree.leaves(gradient) if leaf.dtype == np.float32], logits
 
 
-@both
+@pytest.mark.parametrize('config', [
+    CONFIGS['t5'], pytest.param(CONFIGS['gpt'], marks=pytest.mark.slow)], ids=CONFIGS)
 def test_scanned_is_unrolled_with_all_that_is_added(config):
   """Logits and gradients of packed rows."""
   unrolled, scanned = pair(config, random_params(config))
@@ -106,6 +107,7 @@ def test_scanned_is_unrolled_with_all_that_is_added(config):
   close(run(*scanned, batch, added), (gradients, logits))
 
 
+@pytest.mark.slow
 @both
 def test_scanned_decoding_is_unrolled(config):
   """Greedily and with beams: the same tokens, from caches whose rows are taken by parents."""
@@ -124,7 +126,8 @@ def test_scanned_decoding_is_unrolled(config):
 
 
 @pytest.mark.parametrize('config, scan, policy', [
-    (CONFIGS['t5'], False, 'minimal'), (CONFIGS['t5'], True, 'full'),
+    pytest.param(CONFIGS['t5'], False, 'minimal', marks=pytest.mark.slow),
+    pytest.param(CONFIGS['t5'], True, 'full', marks=pytest.mark.slow),
     (CONFIGS['gpt'], True, 'minimal')], ids=['t5', 't5_scanned', 'gpt_scanned'])
 def test_what_is_computed_again_is_the_same(config, scan, policy):
   params = random_params(config)
@@ -134,6 +137,7 @@ def test_what_is_computed_again_is_the_same(config, scan, policy):
   close(run(PromptedModel(again.network()), plain[1], BATCH, added), run(*plain, BATCH, added))
 
 
+@pytest.mark.slow
 def test_only_remat_computes_again():
   """The backward pass has the products of the forward pass in it only with 'full'."""
   def products(policy):

@@ -43,13 +43,20 @@ def test_the_gradient_reaches_only_the_rows_that_are_used():
   np.testing.assert_array_equal(rows[:, 0], [0, 2, 0])
 
 
+class Tied(nn.Module):
+  """The output layer alone of a network whose table it shares."""
+
+  @nn.compact
+  def __call__(self, x):
+    return layers.TiedOutput(layers.Embed(*TABLE.shape, jnp.bfloat16, name='words'))(x)
+
+
 def test_the_tied_output_is_a_product_with_the_table():
   x = RNG.normal(size=(2, 3, 4)).astype(np.float32)
-  module = layers.Embed(7, 4, jnp.bfloat16)
-  variables = {'params': {'embedding': TABLE}}
-  exact = module.apply(variables, x, method='attend')
+  apply = functools.partial(Tied().apply, {'params': {'words': {'embedding': TABLE}}})
+  exact = apply(x)
   np.testing.assert_allclose(exact, x @ TABLE.T, rtol=1e-5, atol=1e-5)
-  rounded = module.apply(variables, x.astype(jnp.bfloat16), method='attend')
+  rounded = apply(x.astype(jnp.bfloat16))
   assert rounded.dtype == jnp.float32
   np.testing.assert_allclose(rounded, exact, atol=0.1)
 

@@ -238,6 +238,7 @@ def test_loss_and_gradient_of_a_prompt_are_those_of_inputs_embeds(kind, placemen
     close(ours[path], theirs[path], 5e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['t5_1_0', 'deep_decoder'])
 def test_greedy_decoding(kind):
   """Of a prompted model; some rows end early, some do not."""
@@ -333,7 +334,8 @@ def with_prefix(attention, keys, values):
   attention.forward = forward
 
 
-@pytest.mark.parametrize('kind', ['t5_1_1', 't5_1_0', 'byt5'])
+@pytest.mark.parametrize('kind', [
+    't5_1_1', 't5_1_0', pytest.param('byt5', marks=pytest.mark.slow)])
 def test_a_prefix_in_every_attention_is_that_of_a_patched_torch_t5(kind):
   model, config, params = network(kind)
   model = copy.deepcopy(model)

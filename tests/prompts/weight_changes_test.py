@@ -100,7 +100,9 @@ TIED = {'t5': T5Config(40, 8, 2, 1, 1, 4, 16, logits_via_embedding=True),
         'bert': BertConfig(40, 8, 2, 1, 4, 16, max_positions=24, mask_id=4, end_id=3)}
 
 
-@pytest.mark.parametrize('kind', TIED)
+@pytest.mark.parametrize('kind', [
+    pytest.param(kind, marks=pytest.mark.slow) if kind in ('gpt', 'bart') else kind
+    for kind in TIED])
 def test_a_tied_output_layer_changes_and_the_embeddings_of_inputs_do_not(kind):
   """A change of one column, for each example and for all: that word's logits alone are others, by
   the product that the change is."""

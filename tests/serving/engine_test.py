@@ -414,8 +414,8 @@ def test_prompts_whose_programs_fail_to_compile_are_refused_and_the_old_go_on(
   check(offline, served.bank, request, run(made, lambda: events_of(made.submit(request))))
 
 
-@pytest.mark.parametrize('kind', ['gpt', pytest.param('bart', marks=pytest.mark.slow),
-                                  pytest.param('bert', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['gpt', 'bart', 'bert'])
 def test_other_networks(kind, bpe_file, bart_file, bert_file):
   """Without an encoder, with learned positions, without a decoder."""
   shape = dict(vocab_size=320, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=16)

@@ -178,11 +178,13 @@ def test_every_field_with_every_odd_value(post):
           _check(path, *post(path, _dumps({**plain[path], name: value})))
 
 
+@pytest.mark.slow
 def test_fields_at_random(post):
   statuses = _run(post, CASES, requests())
   assert len(statuses) >= 400 and statuses.count(200) >= 40 and statuses.count(400) >= 100
 
 
+@pytest.mark.slow
 def test_bytes_at_random(post):
   statuses = _run(post, CASES, bodies())
   assert len(statuses) >= 400 and statuses.count(400) >= 200

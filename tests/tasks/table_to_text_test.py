@@ -70,7 +70,9 @@ def raw(task, split):
                    download=False).as_numpy_iterator()
 
 
-@pytest.mark.parametrize(('task', 'split'), GOLDEN)
+@pytest.mark.parametrize(('task', 'split'), [
+    pytest.param(*key, marks=pytest.mark.slow) if key == ('dart', 'validation') else key
+    for key in GOLDEN])
 def test_golden_rows(tmp_path, task, split):
   prepared(task)
   inputs, target, count = GOLDEN[task, split]
@@ -112,6 +114,7 @@ def test_e2e_cleaned_puts_the_references_of_a_table_together():
   assert max(map(len, expected.values())) > 20
 
 
+@pytest.mark.slow
 def test_dart_is_the_same_in_both_forms():
   together = collections.defaultdict(collections.Counter)
   grouped = texts('dart_grouped', 'validation')
@@ -128,6 +131,7 @@ def test_web_nlg_test_is_seen_and_unseen():
       texts('web_nlg', 'test_seen') + texts('web_nlg', 'test_unseen'))
 
 
+@pytest.mark.slow
 def test_web_nlg_is_trained_on_every_reference():
   rows = list(raw('web_nlg', 'train'))[:300]
   expected = [text.decode() for row in rows for text in row['targets']]

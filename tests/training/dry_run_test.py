@@ -23,9 +23,10 @@ def told(capsys, *flags) -> dict[str, int]:
 
 # The table of methods in gin/README.md.
 @pytest.mark.parametrize('method, count', [
-    ('prompt_tuning', 102_400), ('deep_prompt', 2_457_600), ('lora', 2_359_296), ('ia3', 282_624),
-    ('norm_scales', 124_928), ('input_output', 65_798_144), ('model_tuning', 783_150_080),
-    ('adapters', 15_859_200), ('prompt_design', 0)])
+    ('prompt_tuning', 102_400), *(pytest.param(*each, marks=pytest.mark.slow) for each in (
+        ('deep_prompt', 2_457_600), ('lora', 2_359_296), ('ia3', 282_624),
+        ('norm_scales', 124_928), ('input_output', 65_798_144), ('model_tuning', 783_150_080),
+        ('adapters', 15_859_200), ('prompt_design', 0)))])
 def test_methods_have_the_parameters_that_they_are_known_for(method, count, capsys):
   found = told(capsys, *COMMON, '--gin_file=network/t5_1_1_large.gin',
                f'--gin_file=method/{method}.gin', '--gin.run.train.parameter_dtype=bfloat16')
@@ -42,6 +43,7 @@ def test_methods_have_the_parameters_that_they_are_known_for(method, count, caps
     assert 4 * count < kept < 4 * count * 1.02 + 80_000
 
 
+@pytest.mark.slow
 def test_the_optimizer_keeps_factors_or_two_moments(capsys):
   network = '--gin_file=network/t5_1_1_xxl.gin'
   adafactor = told(capsys, *COMMON, network)['bytes of the optimizer state']

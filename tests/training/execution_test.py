@@ -38,11 +38,10 @@ def trained(folder, base, reviews, method, **settings):
           **settings})['prompt']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', [
-    methods.PromptTuning(length=4),
-    pytest.param(methods.DeepPrompt(length=4), marks=pytest.mark.slow),
-    pytest.param(prefix_tuning.PrefixTuning(length=3, width=None), marks=pytest.mark.slow),
-    pytest.param(lightweight.PartTuning(), marks=pytest.mark.slow),
+    methods.PromptTuning(length=4), methods.DeepPrompt(length=4),
+    prefix_tuning.PrefixTuning(length=3, width=None), lightweight.PartTuning(),
 ], ids=['prompt', 'deep_prompt', 'prefix', 'norm_scales'])
 def test_a_scanned_run_leaves_what_an_unrolled_one_does(method, tmp_path, two_layers, reviews):
   """Under the same names, for the same base, up to the order of sums."""

@@ -67,11 +67,10 @@ def drawn(tree):
   return jax.tree.map(lambda leaf: RNG.normal(size=leaf.shape).astype(np.float32), tree)
 
 
-SLOW = ('ia3', 'parts', 'prefix_tuning')  # As the others; a full run has them.
-
-
+# The other methods' runs are as the first's; a full run has them.
 @pytest.mark.parametrize('name', [
-    pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in METHODS])
+    name if name == 'prompt_tuning' else pytest.param(name, marks=pytest.mark.slow)
+    for name in METHODS])
 def test_a_run_of_each(tmp_path, tiny_base, reviews, token_dir, name, monkeypatch):
   method, saved = METHODS[name], []
   save = type(method).save

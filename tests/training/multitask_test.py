@@ -39,8 +39,8 @@ def trained(folder, base, task, method, steps=4):
                    optimizers.adamw(0.03), steps, 8, eval_period=2, save_period=2, log_period=1)
 
 
-@pytest.mark.parametrize('way', ['concatenation', *(
-    pytest.param(way, marks=pytest.mark.slow) for way in ('separate', 'sum', 'product'))])
+@pytest.mark.slow
+@pytest.mark.parametrize('way', ['concatenation', 'separate', 'sum', 'product'])
 def test_a_run_and_each_tasks_file(tmp_path, tiny_base, two_tasks, way, capsys):
   method = MultitaskPrompts(3, combine=WAYS[way])
   result = trained(tmp_path / 'whole', tiny_base, two_tasks, method)
@@ -82,6 +82,7 @@ def test_tasks_start_from_what_they_share(tiny_base, way):
   np.testing.assert_array_equal(bank[0], leaves['shared'])
 
 
+@pytest.mark.slow
 def test_a_task_that_is_not_evaluated_has_no_score(tmp_path, tiny_base, two_tasks):
   class Unevaluated(TextFile):
     """A file of which all is for training."""

@@ -98,6 +98,7 @@ def test_a_population_of_one_is_the_ordinary_run():
   check_same(alone(*MEMBERS[1], GIVEN[1]), together(MEMBERS[1:2], GIVEN[1:2])[0], 1e-6)
 
 
+@pytest.mark.slow
 def test_members_draw_the_dropout_masks_that_they_draw_alone(monkeypatch):
   """Where the batches are of one width."""
   still = member(4)
@@ -110,6 +111,7 @@ def test_members_draw_the_dropout_masks_that_they_draw_alone(monkeypatch):
   assert abs(outcomes[0][1][0] - alone(*still, given[0])[1][0]) > 1e-3  # There are masks.
 
 
+@pytest.mark.slow
 def test_microbatches_smoothing_and_z_loss_are_as_alone():
   settings = {'num_microbatches': 2, 'label_smoothing': 0.1, 'z_loss': 1e-2}
   members = [member(seed, length, **settings) for seed, length in ((0, 3), (1, 5))]
@@ -117,6 +119,7 @@ def test_microbatches_smoothing_and_z_loss_are_as_alone():
     check_same(one, alone(*each, own))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', sorted(METHODS))
 def test_other_methods_train_together_too(name):
   members = [member(seed, method=METHODS[name], optimizer=optax.sgd(0.1)) for seed in (0, 1)]
@@ -218,6 +221,7 @@ def test_a_populations_files_are_those_of_single_runs_and_it_resumes_bit_for_bit
     np.testing.assert_array_equal(kept(tmp_path / 'whole', name), kept(tmp_path / 'parts', name))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('token_dir')
 def test_a_diverged_member_is_reported_and_the_others_end(tmp_path, tiny_base, reviews, caplog):
   given = {'wild': arguments(tmp_path / 'wild', tiny_base, reviews, rate=float('nan')),

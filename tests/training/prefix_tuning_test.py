@@ -76,6 +76,7 @@ def test_a_start_from_words_is_what_the_base_has_for_them(tiny_base):
     np.testing.assert_allclose(started[16][place], started[None][place], atol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_trained_prefix_is_a_start(tmp_path, tiny_base, reviews):
   result = trained(tmp_path / 'first', tiny_base, reviews, 3)
   base = base_checkpoint.load_base(str(tiny_base))

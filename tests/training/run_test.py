@@ -267,6 +267,7 @@ def test_a_killed_command_resumes_to_the_same_prompt(finished, tmp_path, tiny_ba
   np.testing.assert_array_equal(one.params['prompt/embedding'], other.params['prompt/embedding'])
 
 
+@pytest.mark.slow
 def test_a_packed_run_resumes_bit_for_bit(tmp_path, tiny_base, reviews):
   options = {'batching': packing.PackedBatches, 'batch_size': 2}
   for name, steps in (('whole', (6,)), ('parts', (3, 6))):
@@ -279,6 +280,7 @@ def test_a_packed_run_resumes_bit_for_bit(tmp_path, tiny_base, reviews):
     trained(tmp_path / 'whole', tiny_base, reviews, 8, batch_size=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('batching', [batches.TrainBatches, packing.PackedBatches])
 def test_a_mixture_is_evaluated_task_by_task(tmp_path, tiny_base, reviews, batching):
   texts = tmp_path / 'texts.jsonl'
@@ -297,6 +299,7 @@ def test_a_mixture_is_evaluated_task_by_task(tmp_path, tiny_base, reviews, batch
     trained(tmp_path / 'other', tiny_base, task, 4, metric='review/accuracy')
 
 
+@pytest.mark.slow
 def test_a_mixture_of_metrics_and_losses_needs_a_metric(tmp_path, tiny_base, reviews):
   class Lossy(TextFile):
     """Rows as they are, without metrics: measured by the loss."""
@@ -315,6 +318,7 @@ def test_a_mixture_of_metrics_and_losses_needs_a_metric(tmp_path, tiny_base, rev
   assert result['best_value'] == min(losses) and all('mean' not in line for line in lines)
 
 
+@pytest.mark.slow
 def test_labels_are_decoded_on_request(finished, tmp_path, tiny_base, reviews, capsys):
   """A prompt of twelve steps ranks labels, and writes none of them: decoded, all is wrong."""
   result = trained(tmp_path / 'model', tiny_base, reviews, 2, rank_labels=False)
@@ -330,6 +334,7 @@ def test_labels_are_decoded_on_request(finished, tmp_path, tiny_base, reviews, c
   assert 'accuracy' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_on_few_examples(tmp_path, tiny_base, reviews):
   options = {'train_subset': subsets.FewShot(2), 'eval_subset': subsets.LowData(5)}
   trained(tmp_path, tiny_base, reviews, 4, **options)

@@ -92,6 +92,7 @@ def test_the_update_is_the_gradient_of_the_whole_model_at_the_prompt():
                              atol=1e-3)
 
 
+@pytest.mark.slow
 def test_microbatches_are_one_batch():
   """Also where they have unequal numbers of target tokens; without dropout."""
   uneven = batch(3)

@@ -206,6 +206,7 @@ def test_a_run_of_each(tmp_path, tiny_base, reviews, token_dir, name, capsys):
               *train.args[5:], **train.keywords)
 
 
+@pytest.mark.slow
 def test_labels_are_measured_among_themselves(tiny_base, reviews, token_dir, tmp_path):
   """The loss is that of ranking first tokens, in a step as well."""
   recipe, state, _ = searching(FirstOrder(4))
