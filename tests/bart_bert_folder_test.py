@@ -11,10 +11,12 @@ import pytest
 
 from prompt_tuning_jax import eval as eval_verb
 from prompt_tuning_jax import infer, optimizers, score
-from prompt_tuning_jax.checkpoints import base_checkpoint, hf_safetensors
+from prompt_tuning_jax.checkpoints import base_checkpoint, hf_safetensors, prompt_file
 from prompt_tuning_jax.data.text_file import TextFile
 from prompt_tuning_jax.training import methods, run
 from prompt_tuning_jax.training.prefix_tuning import PrefixTuning
+from prompt_tuning_jax.training.prompt_design import PromptDesign
+from prompt_tuning_jax.training.warp import Warp
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -122,21 +124,23 @@ def test_berts_texts_are_the_best_at_their_masks(folders, theirs, tmp_path, rows
 
 
 @pytest.mark.parametrize(('kind', 'name'), [
-    pytest.param('bert', 'prompt', marks=pytest.mark.slow),
+    pytest.param('bert', 'prompt', marks=pytest.mark.slow), ('bert', 'warp'),
+    pytest.param('bart', 'warp', marks=pytest.mark.slow),
     pytest.param('bart', 'prefix', marks=pytest.mark.slow)])
 def test_a_prompt_and_prefixes_are_trained_saved_and_measured_again(
     kind, name, folders, tmp_path, reviews, monkeypatch):
   from prompt_tuning_jax.training import progress
   monkeypatch.setattr(progress.Progress, 'plot', lambda self: None)
   method = {'prompt': methods.PromptTuning(3, 'after_first'),
-            'prefix': PrefixTuning(3, width=None)}[name]
+            'prefix': PrefixTuning(3, width=None), 'warp': Warp(3, 'after_first')}[name]
   task = TextFile(str(reviews), inputs=TEMPLATE[kind])
   train = functools.partial(
       run.train, task, {'inputs': 32, 'targets': 8}, str(tmp_path / 'run'), str(folders[kind]),
       method, optimizers.adamw(0.03), batch_size=8, eval_period=3, save_period=3, inspect=False)
   result = train(train_steps=3)
-  # A row each, or keys and values in the encoder, the decoder and between them.
-  assert result['trainable_parameters'] == 3 * 8 * {'prompt': 1, 'prefix': 2 * 3}[name]
+  # A row each, also of two labels, or keys and values in the encoder, the decoder and between them.
+  trained = {'prompt': 3, 'warp': 3 + 2, 'prefix': 3 * 2 * 3}[name]
+  assert result['trainable_parameters'] == 8 * trained
   best = result['prompt']
   rows = [json.loads(line) for line in next((tmp_path / 'cache').glob(
       '**/reviews-validation-*/rows.jsonl')).open(encoding='utf-8')]
@@ -145,6 +149,19 @@ def test_a_prompt_and_prefixes_are_trained_saved_and_measured_again(
                   for row in rows], kind, f'--prompt={best}')
   right = [row['prediction'] == row['targets'] for row in made]
   assert 100 * np.mean(right) == pytest.approx(result['best_value'])
+
+
+def test_a_design_shows_a_bert_examples_that_are_filled_in(folders, tmp_path, reviews):
+  task = TextFile(str(reviews), inputs=TEMPLATE['bert'])
+  result = run.train(task, {'inputs': 12, 'targets': 4}, str(tmp_path / 'run'),
+                     str(folders['bert']), PromptDesign(examples=2, context_length=40),
+                     optimizers.adafactor(), 1, 8, inspect=False)
+  text = prompt_file.load(result['prompt']).metadata['text']
+  rows = {TEMPLATE['bert'].format(**row).replace('[MASK] [MASK]', row['label'])
+          for row in map(json.loads, open(reviews, encoding='utf-8'))}
+  assert '[MASK]' not in text and text.count('It was') == 2
+  first = text[:text.index('It was')]
+  assert any(row.startswith(first) and text.startswith(row.rstrip('.')) for row in rows), text
 
 
 @both

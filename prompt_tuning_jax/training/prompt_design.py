@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from prompt_tuning_jax import tokenizer_file
 from prompt_tuning_jax.checkpoints.base_checkpoint import Base
 from prompt_tuning_jax.data.token_cache import TokenCache
 from prompt_tuning_jax.prompted_model import PromptedModel
@@ -33,7 +34,8 @@ class PromptDesign:
     description: what is to be done, in words; may be ''.
     examples: k, how many solved examples. Where the task has labels they take turns, so that each
       has as many examples as any other, or one less; the draw and its order are the run's seed's.
-    template: how an example is written, with {inputs} and {targets}.
+    template: how an example is written, with {inputs} and {targets}. For a masked language model it
+      is its input, with the target where the mask is (Gao et al. 2021, section 6).
     separator: between the description and the examples.
     context_length: most tokens of description, examples, input and target together; examples that
       do not fit beside the longest that these may be are left out, from the last.
@@ -68,7 +70,8 @@ class PromptDesign:
     room = self.context_length - lengths['inputs'] - lengths['targets']
     rows = caches[0].rows
     picked = chosen(rows, self.examples, seed)
-    solved = [_written(self.template, rows[i]) for i in picked[:max(room, 0)]]
+    mask = tokenizer_file.BERT['mask_token'] if hasattr(base.config, 'mask_id') else None
+    solved = [_written(self.template, rows[i], mask) for i in picked[:max(room, 0)]]
     text_of = lambda count: self.separator.join(filter(None, [self.description, *solved[:count]]))
     ids_of = lambda count: vocabulary.encode(text_of(count)) if text_of(count) else []
     fits = lambda count: len(ids_of(count)) <= room
@@ -123,7 +126,10 @@ def chosen(rows: Sequence[Mapping[str, Any]], count: int, seed: int) -> list[int
   return [picked[i] for i in rng.permutation(len(picked))]
 
 
-def _written(template: str, row: Mapping[str, Any]) -> str:
+def _written(template: str, row: Mapping[str, Any], mask: str | None) -> str:
+  if mask and mask in row['inputs']:
+    before, *behind = row['inputs'].split(mask)  # Several masks, if so, are those of one target.
+    return ' '.join(f'{before}{row["targets"]}{"".join(behind)}'.split())
   try:
     return template.format(inputs=row['inputs'], targets=row['targets'])
   except (KeyError, IndexError, ValueError, AttributeError) as error:
