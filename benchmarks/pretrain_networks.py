@@ -12,23 +12,26 @@ import pathlib
 import subprocess
 import sys
 
+# {network: (kind of vocabulary, run, task, lengths, steps)}
 NETWORKS = {
     'bert': ('bert', 'pretrain_masked_tokens', 'masked_tokens_local_text',
-             {'inputs': 64, 'targets': 10}),
-    'gpt': ('gpt2', 'pretrain_left_to_right', 'lm_local_text', {'inputs': 2, 'targets': 64}),
+             {'inputs': 64, 'targets': 10}, 1500),
+    'gpt': ('gpt2', 'pretrain_left_to_right', 'lm_local_text', {'inputs': 2, 'targets': 64}, 1000),
     'bart': ('bart', 'pretrain_denoising', 'bart_denoising_local_text',
-             {'inputs': 64, 'targets': 64})}
+             {'inputs': 64, 'targets': 64}, 1000)}
 
 
-def commands(name: str, text: list[str], output: pathlib.Path, steps: int) -> list[list[str]]:
+def commands(name: str, text: list[str], output: pathlib.Path,
+             steps: int | None = None) -> list[list[str]]:
   """What makes one network's vocabulary, and what trains the network."""
-  kind, run, task, lengths = NETWORKS[name]
+  kind, run, task, lengths, default = NETWORKS[name]
+  steps = steps or default
   vocabulary, folder = output / f'{name}.json', output / f'{name}_run'
   bindings = {
       'VOCABULARY': f"'{vocabulary}'", 'MODEL_DIR': f"'{folder}'",
       'MIXTURE_OR_TASK_NAME': f"'{task}'",
       'TASK_FEATURE_LENGTHS': lengths, 'TRAIN_STEPS': steps, 'BATCH_SIZE': 32,
-      'EVAL_PERIOD': steps, 'SAVE_PERIOD': 250, 'DROPOUT_RATE': 0.0,
+      'EVAL_PERIOD': steps, 'SAVE_PERIOD': 500, 'DROPOUT_RATE': 0.0,
       'optimizers.linear_decay.peak': 1e-3, 'optimizers.linear_decay.warmup_steps': steps // 10,
       'run.train.max_eval_examples': 512, 'seqio_task.SeqioTask.max_examples': 32 * steps}
   module = [sys.executable, '-m']
@@ -37,7 +40,7 @@ def commands(name: str, text: list[str], output: pathlib.Path, steps: int) -> li
        '--every=4', '--pieces=8000', f'--output={vocabulary}'],
       [*module, 'prompt_tuning_jax.train', f'--gin_file=run/{run}.gin',
        f'--gin_file=network/{name}_micro.gin',
-       *(f'--gin.{name}={value}' for name, value in bindings.items())]]
+       *(f'--gin.{key}={value}' for key, value in bindings.items())]]
 
 
 def main():
@@ -45,7 +48,7 @@ def main():
   parser.add_argument('--text', nargs='+', required=True, metavar='FILE')
   parser.add_argument('--output', type=pathlib.Path, required=True, metavar='DIR')
   parser.add_argument('--networks', nargs='+', choices=NETWORKS, default=list(NETWORKS))
-  parser.add_argument('--steps', type=int, default=1500, metavar='N')
+  parser.add_argument('--steps', type=int, metavar='N', help='instead of what each network has')
   flags = parser.parse_args()
   output = flags.output.resolve()
   output.mkdir(parents=True, exist_ok=True)
@@ -53,7 +56,7 @@ def main():
     vocabulary, training = commands(name, flags.text, output, flags.steps)
     if not (output / f'{name}.json').exists():
       subprocess.run(vocabulary, check=True)
-    if not (output / name).exists():
+    if not (output / name).is_symlink():
       subprocess.run(training, check=True)
       (output / name).symlink_to(f'{name}_run/prompts/last')
 

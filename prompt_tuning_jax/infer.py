@@ -23,8 +23,7 @@ def infer(flags, prompted) -> None:
     for setting in own:
       if getattr(flags, setting) is not None and not getattr(flags, name):
         raise ValueError(f'--{setting} belongs to --{name}.')
-  if flags.rank and (verb.decoding(flags) != verb.decoding(None) or flags.attribute
-                     or flags.toward):
+  if flags.rank and (verb.decodes_otherwise(flags) or flags.attribute or flags.toward):
     raise ValueError('--rank generates no text: --num_beams, --temperature and other flags of '
                      'generation do not belong to it.')
   answer = _ranking(flags, prompted) if flags.rank else _generating(flags, prompted)

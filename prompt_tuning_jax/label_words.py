@@ -35,11 +35,11 @@ def label_words(flags, prompted) -> None:
                      + (': raise --examples, or mix rows that are sorted by label.'
                         if len(names) < 2 else '.'))
   labels = np.array([names.index(target) for target in targets])
-  found = {template: _best_words(flags, prompted, rows, labels, template)
+  found = {template: _best_words(flags, prompted, rows, labels, names, template)
            for template in templates}
   template = max(found, key=lambda each: found[each]['log_likelihood'])
   best = found[template]
-  word_of = dict(zip(names, best['words'], strict=True))
+  word_of = best['words']
 
   def answer(part):
     return [{**({'inputs': _written(place, row, template)['inputs']} if template != '{}' else {}),
@@ -55,16 +55,20 @@ def label_words(flags, prompted) -> None:
   print(json.dumps(told, ensure_ascii=False))
 
 
-def _best_words(flags, prompted, rows, labels, template) -> dict:
-  """The words of the labels, in order, in one template, and how well they tell them apart: the
-  mean log-likelihood of the right one among them, in nats, and their accuracy in percent."""
+def _best_words(flags, prompted, rows, labels, names, template) -> dict:
+  """{label: word} in one template, and how well these words tell the labels apart: the mean
+  log-likelihood of the right one among them, in nats, and their accuracy in percent."""
   from prompt_tuning_jax.analysis import label_choice
   inputs = [prompted.tokens(place, _written(place, row, template), 'input', flags.max_input_length)
             for place, row in rows]
-  log_p = prompted.predictor.first_words(prompted.params, inputs)
+  try:
+    log_p = prompted.predictor.first_words(prompted.params, inputs)
+  except ValueError as error:
+    raise ValueError(f'--template={template!r}: {error}' if template != '{}' else error) from None
   chosen = label_choice.choose(log_p, labels, label_choice.candidates(
       log_p, labels, _whole_words(prompted.vocabulary), flags.candidates))
-  return {'words': [prompted.vocabulary.decode([word]).strip() for word in chosen],
+  return {'words': {name: prompted.vocabulary.decode([word]).strip()
+                    for name, word in zip(names, chosen, strict=True)},
           'log_likelihood': label_choice.likelihood(log_p, labels, chosen),
           'accuracy': label_choice.accuracy(log_p, labels, chosen)}
 
@@ -73,9 +77,9 @@ def _written(place, row, template) -> dict:
   """The row with its inputs in the template."""
   if template == '{}':
     return row
-  if not isinstance(text := row.get('inputs'), str):
-    raise ValueError(f'{place}: a template takes a text in "inputs", got the fields '
-                     f'{sorted(row)}.')
+  if not isinstance(text := row.get('inputs'), str) or 'input_tokens' in row:
+    raise ValueError(f'{place}: a template takes a text in "inputs" and no "input_tokens", got the '
+                     f'fields {sorted(row)}.')
   return {**row, 'inputs': template.replace('{}', text)}
 
 
@@ -110,8 +114,8 @@ def main(argv: list[str]) -> int:
   made.add_argument('--candidates', type=int, default=20, metavar='K',
                     help='words that are tried for each label (default 20)')
   made.add_argument('--template', action='append', metavar='TEXT',
-                    help="what inputs are written into, at its '{}': '{} It was [MASK].' for a "
-                         'BERT; given several times, the best of them')
+                    help="what inputs are written into, at its '{}': 'It was [MASK] : {}' for a "
+                         'BERT, its mask where no cut loses it; given several times, the best')
   return verb.run(made, argv, label_words)
 
 

@@ -121,7 +121,8 @@ def _gin_value(value: str) -> str:
     if reader.parse_statement() and reader.parse_statement() is None:
       return value
   except (SyntaxError, tokenize.TokenError, ValueError, AttributeError):
-    if re.match(r'[\[(\'"]|\{\s*\w+\s*:', value):  # surely meant as gin: let gin say what is wrong
+    # Surely meant as gin: let gin say what is wrong. A template may begin with [MASK].
+    if re.match(r'(?!\[[A-Z]+\])[\[(\'"]|\{\s*\w+\s*:', value):
       return value
   return repr(value)
 

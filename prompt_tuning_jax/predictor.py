@@ -39,7 +39,7 @@ class DecodingSettings:
     temperature: 0 takes the most probable token, 1 draws from the model's distribution.
     top_k, top_p: what is drawn from (`token_choice.Sampling`); 0 and 1 are all.
     num_beams, length_penalty: width of the beam search, and its alpha (`beam_search`,
-      BrevityPenalty, T5X's).
+      BrevityPenalty, T5X's), None being 0.6.
     stop: texts that end a text, and are cut off.
     seed: with the number of an input, decides what is drawn.
   """
@@ -49,7 +49,7 @@ class DecodingSettings:
   top_k: int = 0
   top_p: float = 1.0
   num_beams: int = 1
-  length_penalty: float = 0.6
+  length_penalty: float | None = None
   stop: tuple[str, ...] = ()
   seed: int = 0
 
@@ -69,9 +69,9 @@ class DecodingSettings:
            f'{self.num_samples} greedy texts would be one: set temperature or num_beams')
     expect(self.temperature or (not self.top_k and self.top_p == 1),
            'top_k and top_p belong to a temperature above 0')
-    expect(abs(self.length_penalty) <= 100,
+    expect(self.length_penalty is None or abs(self.length_penalty) <= 100,
            f'length_penalty should be such as 0.6, got {self.length_penalty}')
-    expect(self.num_beams > 1 or self.length_penalty == 0.6,
+    expect(self.num_beams > 1 or self.length_penalty is None,
            'A length_penalty belongs to beam search: set num_beams')
     expect(self.seed >= 0, f'seed should be 0 or more, got {self.seed}')
     expect(all(self.stop), 'A stop string is empty')
@@ -81,7 +81,8 @@ class DecodingSettings:
 
   @property
   def penalty(self) -> beam_search.BrevityPenalty:
-    return beam_search.BrevityPenalty(self.length_penalty)
+    return beam_search.BrevityPenalty(
+        0.6 if self.length_penalty is None else self.length_penalty)
 
 
 @dataclasses.dataclass(frozen=True)

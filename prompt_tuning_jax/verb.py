@@ -49,14 +49,15 @@ def dtype_flags(add: Callable) -> None:
   """The flags for the dtypes of what is computed and of what is stored."""
   add('--dtype', default='float32', choices=('float32', 'bfloat16'))
   add('--parameter_dtype', choices=('float32', 'bfloat16', 'int8'),
-      help="of the base's parameters, if not --dtype; int8 takes a quarter of float32's memory")
+      help="of the base's parameters, if not --dtype; int8 weights take a quarter of float32's "
+           'memory')
 
 
 def search_flags(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
   """The flags of beam search."""
   add = made.add_argument
   add('--num_beams', type=int, default=1, metavar='N', help='beam search of this width')
-  add('--length_penalty', type=float, default=0.6, metavar='ALPHA',
+  add('--length_penalty', type=float, metavar='ALPHA',
       help="of beams, T5X's: log p / ((5 + n) / 6) ** ALPHA (default 0.6)")
   return made
 
@@ -75,15 +76,24 @@ def decoding_flags(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
   return made
 
 
-def decoding(flags: argparse.Namespace | None):
-  """What these flags say, or the defaults; raises ValueError."""
+def decoding(flags: argparse.Namespace):
+  """What these flags say; raises ValueError."""
+  from prompt_tuning_jax.predictor import DecodingSettings
+  return DecodingSettings(**_of_decoding(flags))
+
+
+def decodes_otherwise(flags: argparse.Namespace) -> bool:
+  """Whether these flags say anything but the defaults."""
+  from prompt_tuning_jax.predictor import DecodingSettings
+  return _of_decoding(flags) != vars(DecodingSettings())
+
+
+def _of_decoding(flags: argparse.Namespace) -> dict:
   import dataclasses
 
   from prompt_tuning_jax.predictor import DecodingSettings
-  if flags is None:
-    return DecodingSettings()
   given = {field.name: getattr(flags, field.name) for field in dataclasses.fields(DecodingSettings)}
-  return DecodingSettings(**{**given, 'stop': tuple(flags.stop)})
+  return {**given, 'stop': tuple(flags.stop)}
 
 
 def settings(flags: argparse.Namespace, prompted) -> dict:

@@ -160,6 +160,10 @@ def test_a_design_shows_a_bert_examples_that_are_filled_in(folders, tmp_path, re
   rows = {TEMPLATE['bert'].format(**row).replace('[MASK] [MASK]', row['label'])
           for row in map(json.loads, open(reviews, encoding='utf-8'))}
   assert '[MASK]' not in text and text.count('It was') == 2
+  with pytest.raises(ValueError, match='leave out the template'):
+    run.train(task, {'inputs': 12, 'targets': 4}, str(tmp_path / 'other'), str(folders['bert']),
+              PromptDesign(examples=1, template='{inputs}: {targets}', context_length=40),
+              optimizers.adafactor(), 1, 8, inspect=False)
   first = text[:text.index('It was')]
   assert any(row.startswith(first) and text.startswith(row.rstrip('.')) for row in rows), text
 

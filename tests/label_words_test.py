@@ -107,8 +107,8 @@ def test_what_gives_no_words_is_told(tmp_path, tiny_base, capsys, row, flags, sa
 
 def test_ids_cannot_be_written_into_a_template(tmp_path, tiny_base, capsys):
   source = tmp_path / 'rows.jsonl'
-  source.write_text(''.join(json.dumps({'input_tokens': [5, 1], 'targets': label}) + '\n'
-                            for label in ('good', 'bad')), encoding='utf-8')
+  source.write_text(''.join(json.dumps({'inputs': 'a', 'input_tokens': [5, 1], 'targets': label})
+                            + '\n' for label in ('good', 'bad')), encoding='utf-8')
   assert label_words.main([f'--base={tiny_base}', f'--input={source}', '--template=it: {}',
                            f'--output={tmp_path / "words.jsonl"}']) == 1
   assert 'rows.jsonl, line 1: a template takes a text in "inputs"' in capsys.readouterr().err

@@ -83,7 +83,8 @@ def test_files_then_bindings_and_later_wins(house):
     ('/tmp/x', '/tmp/x'), ('"quoted"', 'quoted'), ("'/tmp/x'", '/tmp/x'), ('gs://b/x-1', 'gs://b/x-1'),
     ('sst2', 'sst2'), ('8', 8), ('-1e-3', -1e-3), ('True', True), ('None', None), ('', ''),
     ('8 rooms', '8 rooms'), ('2026-11-23', '2026-11-23'), ("it's", "it's"), ('a=b', 'a=b'),
-    ('{text}', '{text}'), ('{a}: {b}', '{a}: {b}'), ('["a", "b"]', ['a', 'b']),
+    ('{text}', '{text}'), ('[MASK] : {text}', '[MASK] : {text}'), ('{a}: {b}', '{a}: {b}'),
+    ('["a", "b"]', ['a', 'b']),
     ('{"inputs": 128}', {'inputs': 128}), ('%COLOR', 'red'), ('a\nb', 'a\nb'), ('-', '-')])
 def test_values_need_no_second_quotes(house, written, meant):
   _read(house, ['--gin_file=run.gin', f'--gin.FOLDER={written}'])

@@ -106,6 +106,7 @@ def test_beams_and_stops(answered):
     (('--top_p', '0.5'), 'belong to a temperature'), (('--seed', '-1'), '0 or more'),
     (('--num_beams', '2', '--length_penalty', 'nan'), 'such as 0.6'),
     (('--length_penalty', '1'), 'belongs to beam search: set num_beams'),
+    (('--rank', '--length_penalty', '1'), '--rank generates no text'),
     (('--rank', '--temperature', '1'), 'do not belong to it'), (('--stop', '\udcff'), 'no text'),
     (('--stop', ''), 'stop string is empty'), (('--calibrated',), 'belong to --rank'),
     (('--prompt', 'x.safetensors'), 'Give --prompt'),

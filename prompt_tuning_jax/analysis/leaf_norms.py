@@ -41,8 +41,12 @@ def of_leaves(leaves: Mapping[str, Array], base: Mapping[str, Array]) -> list[di
       changed = rest.removesuffix('/a')
       leaf = np.asarray(leaf, np.float64) @ np.asarray(b, np.float64)
       row = {'path': changed, 'shape': list(leaf.shape)}
-      if changed in base:
-        row['relative'] = _norm(leaf) / _norm(base[changed])
+      kernel = base.get(changed)
+      if kernel is None and changed.endswith('logits_dense/kernel'):  # tied to the embedding table
+        kernel = next((x for name, x in base.items() if name.endswith('token_embedder/embedding')),
+                      None)
+      if kernel is not None:
+        row['relative'] = _norm(leaf) / _norm(kernel)
     elif kind in ('ia3', 'ia3_in'):
       row['away'] = _norm(np.asarray(leaf, np.float64) - 1) / np.sqrt(np.size(leaf))
     rows.append({**row, 'norm': _norm(leaf)})

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.networks import int8, layer_stack
@@ -132,9 +131,8 @@ def load(stored: Mapping[str, StoredLeaf], shapes: Mapping[str, Shape], where: s
     sharding = device
     if sharding_for:
       sharding = sharding_for(path, int8.exchange(leaf.shape) if exchanged else leaf.shape)
-      if exchanged and isinstance(sharding, NamedSharding):
-        spec = (*sharding.spec, *(None,) * (len(leaf.shape) - len(sharding.spec)))
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(*int8.exchange(spec)))
+      if exchanged:
+        sharding = int8.exchanged_sharding(sharding, len(leaf.shape))
     if sharding.is_fully_addressable or sharding.is_fully_replicated:
       for each in filter(None, (leaf.verify for leaf in leaves)):
         each()  # Of many processes, each would read what the others need.

@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen import partitioning
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from prompt_tuning_jax.types import Array, DType, Initializer, Shape
+
+FEW_ROWS = 8  # of inputs, as a step of decoding has
 
 
 @flax.struct.dataclass
@@ -37,7 +39,7 @@ class Quantized:
 
   values: Array
   scale: Array
-  exchanged: bool = flax.struct.field(pytree_node=False, default=False)
+  exchanged: bool = flax.struct.field(pytree_node=False)
 
   @property
   def shape(self) -> Shape:
@@ -55,7 +57,9 @@ class Quantized:
 
   @property
   def sharding(self) -> jax.sharding.Sharding:
-    return self.values.sharding
+    """That of the weights that it stands for."""
+    own = self.values.sharding
+    return exchanged_sharding(own, self.ndim) if self.exchanged else own
 
   @property
   def T(self) -> 'Quantized':
@@ -70,6 +74,14 @@ class Quantized:
 def exchange(axes: tuple) -> tuple:
   """What belongs to axes, such as a shape, with that of the last two exchanged."""
   return (*axes[:-2], axes[-1], axes[-2])
+
+
+def exchanged_sharding(sharding: jax.sharding.Sharding, ndim: int) -> jax.sharding.Sharding:
+  """That of an array of `ndim` axes whose last two are exchanged."""
+  if not isinstance(sharding, NamedSharding):
+    return sharding
+  spec = (*sharding.spec, *(None,) * (ndim - len(sharding.spec)))
+  return NamedSharding(sharding.mesh, PartitionSpec(*exchange(spec)))
 
 
 def is_kernel(path: str) -> bool:
@@ -114,6 +126,8 @@ def dot(x: Array, kernel: Array | Quantized, out_dtype: DType | None = None) -> 
   """[..., in] @ [in, out] in the dtype of x -> [..., out] of `out_dtype`, by default the same."""
   if not isinstance(kernel, Quantized):
     return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=out_dtype)
+  if not kernel.exchanged:
+    raise ValueError(f'Expected a kernel [in, out], got a table {kernel.shape}: take its `T`.')
   return _dot(x.dtype, jnp.dtype(out_dtype or x.dtype), x, kernel)
 
 
@@ -121,10 +135,14 @@ def dot(x: Array, kernel: Array | Quantized, out_dtype: DType | None = None) -> 
 # pass: a second and larger copy of the model.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _dot(dtype: jnp.dtype, out_dtype: jnp.dtype, x: Array, kernel: Quantized) -> Array:
-  values = kernel.values
-  if x.size == x.shape[-1]:  # One row: in a loop, the compiler would widen the kernel before it.
+  values, rows = kernel.values, x.size // x.shape[-1]
+  if rows == 1:  # In a loop, the compiler would widen the kernel before it.
     values, x = jax.lax.optimization_barrier((values, x))
-  product = jnp.dot(x, values.T.astype(dtype), preferred_element_type=out_dtype)
+  if 1 < rows <= FEW_ROWS:  # It would also exchange the kernel's axes, if that stood on the right.
+    product = jnp.dot(values.astype(dtype), x.reshape(rows, -1).T,
+                      preferred_element_type=out_dtype).T.reshape(*x.shape[:-1], -1)
+  else:
+    product = jnp.dot(x, values.T.astype(dtype), preferred_element_type=out_dtype)
   return (product.astype(jnp.float32) * kernel.scale[:, 0]).astype(out_dtype)
 
 

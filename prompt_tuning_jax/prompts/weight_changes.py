@@ -21,7 +21,7 @@ from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.types import Array, PyTree
 
 KINDS = ('lora', 'ia3', 'ia3_in')
-TABLE, OUTPUT = 'token_embedder/embedding', '/logits_dense/kernel'
+TABLE = 'token_embedder/embedding'
 
 
 def combined(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> PyTree:
@@ -43,7 +43,7 @@ def combined(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> PyTree:
   for kind, of in changes.items():
     paths = {path.rpartition('/')[0] for path in of} if kind == 'lora' else set(of)
     for path in sorted(paths):
-      if path not in leaves and kind == 'lora' and path.endswith(OUTPUT):
+      if path not in leaves and kind == 'lora' and path == _output(leaves):
         beside.update(_of_tied_output(path, leaves, of))
         continue
       if path not in leaves:
@@ -114,10 +114,18 @@ def _changed(kind: str, path: str, kernel: Array, of: Mapping[str, Array]) -> Ar
 
 def _lora(path: str, shape: tuple[int, ...], of: Mapping[str, Array]) -> tuple[Array, Array]:
   """The two halves of a change of a kernel of this shape; ValueError where they are not."""
-  a, b = of[f'{path}/a'], of[f'{path}/b']
+  a, b = of.get(f'{path}/a'), of.get(f'{path}/b')
+  if a is None or b is None:
+    raise ValueError(f'lora of {path} needs both, a and b.')
   if (a.shape[0], b.shape[1]) != shape or a.shape[1] != b.shape[0]:
     raise ValueError(f'lora of {path}: {a.shape} and {b.shape} do not make {shape}.')
   return a, b
+
+
+def _output(leaves: Mapping[str, Any]) -> str:
+  """The path of the output layer's kernel; where it is tied there is none (`config.output`)."""
+  has_decoder = any(path.startswith('decoder/') for path in leaves)
+  return f'{"decoder" if has_decoder else "head"}/logits_dense/kernel'
 
 
 def _of_tied_output(path: str, leaves: Mapping[str, Any],

@@ -27,7 +27,8 @@ class Lora:
     rank: r, their common width.
     alpha: alpha / r scales the product; it is in the spread that `a` starts with, so that the
       leaves are the change itself.
-    kernels: patterns of whole parameter paths; the paper changes queries and values.
+    kernels: patterns of whole parameter paths; the paper changes queries and values. An output
+      layer that is the embedding table goes by the path that it has elsewhere (`config.output`).
   """
 
   rank: int = 8
@@ -44,7 +45,9 @@ class Lora:
 
   def initial(self, key: Array, base: Base, vocabulary: Any) -> PyTree:
     """a is random and b is 0: training starts from the base model."""
-    kernels = param_paths.flatten(base.params)
+    kernels, config = param_paths.flatten(base.params), base.config
+    kernels.setdefault(config.output, jax.ShapeDtypeStruct((config.emb_dim, config.vocab_size),
+                                                           jnp.float32))
     leaves = {}
     for i, path in enumerate(param_paths.matching(self.kernels, kernels)):
       inputs, outputs = _kernel_shape(path, kernels[path])

@@ -71,6 +71,10 @@ class PromptDesign:
     rows = caches[0].rows
     picked = chosen(rows, self.examples, seed)
     mask = tokenizer_file.BERT['mask_token'] if hasattr(base.config, 'mask_id') else None
+    if mask and self.template != PromptDesign.template and any(mask in rows[i]['inputs']
+                                                               for i in picked):
+      raise ValueError(f'Examples for {base.name} are their inputs, with the target where the mask '
+                       f'is: leave out the template {self.template!r}.')
     solved = [_written(self.template, rows[i], mask) for i in picked[:max(room, 0)]]
     text_of = lambda count: self.separator.join(filter(None, [self.description, *solved[:count]]))
     ids_of = lambda count: vocabulary.encode(text_of(count)) if text_of(count) else []

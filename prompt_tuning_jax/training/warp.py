@@ -38,7 +38,7 @@ class Warp:
   initializer: Callable = initializers.SampledVocabulary()
   columns: tuple[int, ...] = ()
 
-  trainable = ('prompt/.*|lora/.*/a',)
+  trainable = ('prompt/.*', 'lora/.*/a')
 
   virtual_tokens = placed_tokens
 

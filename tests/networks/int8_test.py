@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from prompt_tuning_jax import param_paths, prompted_model
 from prompt_tuning_jax.networks import int8, layer_stack, parameters, t5
@@ -57,6 +58,45 @@ def test_products_are_those_of_the_dequantized_weights(dtype, tolerance):
   gradient, wanted = ask(kernel)(x), ask(whole)(x.astype(jnp.float32))
   assert gradient.dtype == dtype
   assert np.max(np.abs(gradient - wanted)) <= 10 * tolerance * np.max(np.abs(wanted))
+
+
+@pytest.mark.parametrize('rows', [1, 2, int8.FEW_ROWS, int8.FEW_ROWS + 1])
+def test_few_rows_are_multiplied_as_many_are(rows):
+  kernel, x = quantized(random(16, 8)), random(rows, 1, 16)
+  np.testing.assert_allclose(int8.dot(x, kernel), x @ kernel.dequantized(), atol=1e-5)
+  assert int8.dot(x.astype(jnp.bfloat16), kernel, jnp.float32).dtype == jnp.float32
+
+
+def test_a_table_is_no_kernel_before_it_is_exchanged():
+  table = quantized(random(5, 5), kernel=False)
+  with pytest.raises(ValueError, match='got a table'):
+    int8.dot(random(2, 5), table)
+  np.testing.assert_allclose(int8.dot(np.eye(5, dtype=np.float32), table.T),
+                             table.dequantized().T, atol=1e-6)
+
+
+@pytest.mark.parametrize('rows', [1, 4])
+def test_a_loop_keeps_no_wider_kernel_of_one_row_and_one_of_few(rows):
+  """In memory beside the weights: next to nothing, or the kernel in float32 once."""
+  size = 256
+  kernel = quantized(random(size, size))
+
+  def loop(kernel, x):
+    return jax.lax.scan(lambda x, _: (jnp.tanh(int8.dot(x, kernel)), None), x, length=20)[0]
+
+  # As compiled for use: the tests' settings leave most of the compiler out.
+  options = {'xla_backend_optimization_level': 3}
+  lowered = jax.jit(loop, compiler_options=options).lower(kernel, jnp.ones((rows, 1, size)))
+  used = lowered.compile().memory_analysis().temp_size_in_bytes
+  assert used < 4 * size * size * (0.25 if rows == 1 else 1.25)
+
+
+def test_weights_are_split_as_their_shape_is():
+  mesh = jax.make_mesh((1, 1), ('data', 'model'), (AxisType.Auto, AxisType.Auto))
+  values = jax.device_put(jnp.ones((6, 4), jnp.int8), NamedSharding(mesh, PartitionSpec('model')))
+  leaf = int8.Quantized(values, jnp.ones((6, 1)), exchanged=True)
+  assert leaf.shape == (4, 6) and tuple(leaf.sharding.spec) == (None, 'model')
+  assert tuple(leaf.T.sharding.spec) == ('model',)
 
 
 def test_rows_of_a_table_and_none():

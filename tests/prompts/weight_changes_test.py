@@ -61,6 +61,7 @@ def test_without_changes_it_is_merge():
     ({'ia3': {'encoder': {'query': {'kernel': np.ones(4)}}}}, 'does not scale axis 1'),
     ({'lora': {'encoder': {'query': {'kernel': {'a': np.ones((4, 2)), 'b': np.ones((3, 6))}}}}},
      'do not make'),
+    ({'lora': {'encoder': {'query': {'kernel': {'a': np.ones((4, 2))}}}}}, 'needs both, a and b'),
     ({'encoder': {'query': {'kernel': 1}}}, 'Both trees have')])
 def test_changes_that_do_not_fit_are_refused(trained, message):
   with pytest.raises(ValueError, match=message):
@@ -137,6 +138,10 @@ def test_a_tied_output_layer_changes_and_the_embeddings_of_inputs_do_not(kind):
   mixed = run({'params': base, 'changes': of_rows(stacked([{}, change]), np.array([1, 0, 1]))})
   np.testing.assert_allclose(mixed[[0, 2]], after[[0, 2]], rtol=1e-5, atol=1e-5)
   np.testing.assert_array_equal(mixed[1], before[1])
+  for path in {'decoder/logits_dense/kernel', 'head/logits_dense/kernel',
+               'encoder/logits_dense/kernel'} - {config.output}:
+    with pytest.raises(ValueError, match='which the base does not have'):
+      combined(param_paths.unflatten({f'lora/{path}/a': a, f'lora/{path}/b': b}), base)
   with pytest.raises(ValueError, match=r'do not make \(8, 40\)'):
     combined(param_paths.unflatten({f'lora/{config.output}/a': a[1:],
                                     f'lora/{config.output}/b': b}), base)

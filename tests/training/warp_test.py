@@ -2,15 +2,19 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from prompt_tuning_jax import eval as eval_verb
 from prompt_tuning_jax import optimizers, param_paths, prompted_base
 from prompt_tuning_jax.checkpoints import base_checkpoint, prompt_file
+from prompt_tuning_jax.checkpoints.base_checkpoint import Base
 from prompt_tuning_jax.data.text_file import TextFile
 from prompt_tuning_jax.data.vocabulary import Vocabulary
+from prompt_tuning_jax.networks import parameters, t5
 from prompt_tuning_jax.training import run
+from prompt_tuning_jax.training.lightweight import Lora
 from prompt_tuning_jax.training.warp import Warp
 
 
@@ -59,3 +63,15 @@ def test_what_has_no_vectors_for_labels_is_told(tmp_path, tiny_base, reviews, co
     train(TextFile(str(alike)))
   with pytest.raises(ValueError, match='Expected one task whose targets are labels'):
     train(TextFile(str(reviews), targets='text'))
+
+
+def test_a_lora_changes_an_output_layer_that_is_the_embedding_table():
+  config = t5.T5Config(40, 8, 2, 1, 1, 4, 16, logits_via_embedding=True)
+  params = param_paths.unflatten({path: np.ones(spec.shape, np.float32)
+                                  for path, spec in parameters.parameter_specs(config).items()})
+  method = Lora(2, kernels=('decoder/logits_dense/kernel', '.*/query/kernel'))
+  made = param_paths.flatten(method.initial(jax.random.key(0), Base('tied', config, params, None,
+                                                                    ''), None))
+  assert made['lora/decoder/logits_dense/kernel/a'].shape == (8, 2)
+  assert made['lora/decoder/logits_dense/kernel/b'].shape == (2, 40)
+  assert len(made) == 2 * (1 + 3)
