@@ -38,7 +38,7 @@ class Warp:
   initializer: Callable = initializers.SampledVocabulary()
   columns: tuple[int, ...] = ()
 
-  trainable = ('prompt/.*', 'lora/.*/a')
+  trainable = ('lora/.*/a|prompt/.*',)  # one pattern: a dry run has no labels, and so no vectors
 
   virtual_tokens = placed_tokens
 

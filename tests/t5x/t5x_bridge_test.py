@@ -23,6 +23,7 @@ from prompt_tuning_jax.training.lightweight import Adapters, Lora
 from prompt_tuning_jax.training.methods import PromptTuning
 from prompt_tuning_jax.training.multitask import MultitaskPrompts
 from prompt_tuning_jax.training.prefix_tuning import PrefixTuning
+from prompt_tuning_jax.training.warp import Warp
 
 pytest.importorskip('t5x', reason=(
     'There is no T5X to import: install the extra `t5x`, or name checkouts of t5x, airio and '
@@ -287,6 +288,8 @@ def test_numpy_prompts_of_google_research_are_taken(tmp_path, tiny):
 def test_what_does_not_fit_is_told(tiny, decoder_only, test_assets):
   with pytest.raises(ValueError, match='Lora changes weights of the base'):
     t5x_bridge.model(tiny, Lora())
+  with pytest.raises(ValueError, match='Warp changes weights of the base'):
+    t5x_bridge.model(tiny, Warp())
   with pytest.raises(ValueError, match='MultitaskPrompts changes weights of the base or is of sev'):
     t5x_bridge.model(tiny, MultitaskPrompts())
   with pytest.raises(ValueError, match='brings no vocabulary'):
