@@ -267,6 +267,7 @@ def test_pipes_are_read_and_written_as_they_are(tmp_path):
 
 # --- memory and progress
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
   monkeypatch.setattr(jsonl, 'CHUNK', 200)
   peaks = []

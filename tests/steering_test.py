@@ -33,6 +33,7 @@ def found(tiny_base):
   return made, table, inputs, targets, made(4)(table, inputs, targets)
 
 
+@pytest.mark.slow
 def test_a_batch_is_each_sentence_alone(found):
   made, table, inputs, targets, together = found
   alone = made(1)

@@ -86,6 +86,7 @@ def test_labels_of_trec_fit_one_another():
   assert len(kinds) == 21 and all(parts == {'entity'} for parts in kinds.values())
 
 
+@pytest.mark.slow
 def test_validation_is_the_part_of_the_training_data_that_is_not_trained_on(tmp_path):
   whole = read('trec', 'train', 'text')
   parts = {'train': whole[:4907], 'validation': whole[4907:]}

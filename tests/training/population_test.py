@@ -94,6 +94,7 @@ def test_each_member_is_trained_as_alone_and_their_order_does_not_matter():
   assert len({round(loss, 3) for _, losses in alike for loss in losses}) > 20  # all differ
 
 
+@pytest.mark.slow
 def test_a_population_of_one_is_the_ordinary_run():
   check_same(alone(*MEMBERS[1], GIVEN[1]), together(MEMBERS[1:2], GIVEN[1:2])[0], 1e-6)
 
@@ -128,6 +129,7 @@ def test_other_methods_train_together_too(name):
     check_same(one, alone(*each, own))
 
 
+@pytest.mark.slow
 def test_one_member_that_diverges_leaves_the_others_alone():
   wild = member(1, 3, optimizer=optax.sgd(float('nan')))
   members, given = [MEMBERS[0], wild, MEMBERS[1]], [GIVEN[0], GIVEN[3], GIVEN[1]]

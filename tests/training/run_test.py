@@ -144,6 +144,7 @@ def test_model_tuning_saves_a_base(tmp_path, tiny_base, reviews):
   assert hf_safetensors.is_folder(tmp_path / 'prompts' / 'last')
 
 
+@pytest.mark.slow
 def test_a_run_from_random_weights_needs_network_and_vocabulary(tmp_path, tiny_base, reviews):
   base = base_checkpoint.load_base(str(tiny_base))
   with pytest.raises(ValueError, match='VOCABULARY'):
