@@ -155,15 +155,9 @@ def generation(bench: Bench) -> dict:
 
 def _in_eight_bits(params):
   """The parameters as `--parameter_dtype=int8` loads them."""
-  def small(path, leaf):
-    if not int8.is_small(path):
-      return leaf
-    kernel = int8.is_kernel(path)
-    made = map(jnp.asarray, int8.quantize(np.asarray(leaf.T if kernel else leaf)))
-    return int8.Quantized(*made, kernel)
-
-  return param_paths.unflatten({path: small(path, leaf)
-                                for path, leaf in param_paths.flatten(params).items()})
+  return param_paths.unflatten({
+      path: int8.quantized(leaf, int8.is_kernel(path)) if int8.is_small(path) else leaf
+      for path, leaf in param_paths.flatten(params).items()})
 
 
 def _hugging_face(base: Base, prompt: PromptFile) -> Callable[[list, int], np.ndarray]:

@@ -18,14 +18,13 @@ def label_words(flags, prompted) -> None:
   import numpy as np
 
   from prompt_tuning_jax import jsonl
+  from prompt_tuning_jax.data.seqio_task import check_template
   for name in ('examples', 'candidates'):
     if getattr(flags, name) < 1:
       raise ValueError(f'--{name} must be at least 1, got {getattr(flags, name)}.')
   templates = flags.template or ['{}']
   for template in templates:
-    if template.count('{}') != 1:
-      raise ValueError("--template should be a text with one '{}', where inputs stand, got "
-                       f'{template!r}.')
+    check_template(template)
   rows = [row for _, row in zip(range(flags.examples), jsonl.rows(flags.input), strict=False)]
   targets = [_label(place, row) for place, row in rows]
   names = sorted(set(targets))
@@ -35,7 +34,8 @@ def label_words(flags, prompted) -> None:
                      + (': raise --examples, or mix rows that are sorted by label.'
                         if len(names) < 2 else '.'))
   labels = np.array([names.index(target) for target in targets])
-  found = {template: _best_words(flags, prompted, rows, labels, names, template)
+  words = _whole_words(prompted.vocabulary)
+  found = {template: _best_words(flags, prompted, rows, labels, names, words, template)
            for template in templates}
   template = max(found, key=lambda each: found[each]['log_likelihood'])
   best = found[template]
@@ -55,7 +55,7 @@ def label_words(flags, prompted) -> None:
   print(json.dumps(told, ensure_ascii=False))
 
 
-def _best_words(flags, prompted, rows, labels, names, template) -> dict:
+def _best_words(flags, prompted, rows, labels, names, words, template) -> dict:
   """{label: word} in one template, and how well these words tell the labels apart: the mean
   log-likelihood of the right one among them, in nats, and their accuracy in percent."""
   from prompt_tuning_jax.analysis import label_choice
@@ -65,8 +65,8 @@ def _best_words(flags, prompted, rows, labels, names, template) -> dict:
     log_p = prompted.predictor.first_words(prompted.params, inputs)
   except ValueError as error:
     raise ValueError(f'--template={template!r}: {error}' if template != '{}' else error) from None
-  chosen = label_choice.choose(log_p, labels, label_choice.candidates(
-      log_p, labels, _whole_words(prompted.vocabulary), flags.candidates))
+  chosen = label_choice.choose(
+      log_p, labels, label_choice.candidates(log_p, labels, words, flags.candidates))
   return {'words': {name: prompted.vocabulary.decode([word]).strip()
                     for name, word in zip(names, chosen, strict=True)},
           'log_likelihood': label_choice.likelihood(log_p, labels, chosen),

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from prompt_tuning_jax.checkpoints import prompt_file
+from prompt_tuning_jax.prompts import weight_changes
 from prompt_tuning_jax.types import Array
 
 
@@ -41,10 +42,7 @@ def of_leaves(leaves: Mapping[str, Array], base: Mapping[str, Array]) -> list[di
       changed = rest.removesuffix('/a')
       leaf = np.asarray(leaf, np.float64) @ np.asarray(b, np.float64)
       row = {'path': changed, 'shape': list(leaf.shape)}
-      kernel = base.get(changed)
-      if kernel is None and changed.endswith('logits_dense/kernel'):  # tied to the embedding table
-        kernel = next((x for name, x in base.items() if name.endswith('token_embedder/embedding')),
-                      None)
+      kernel = base.get(changed, weight_changes.tied_table(changed, base))
       if kernel is not None:
         row['relative'] = _norm(leaf) / _norm(kernel)
     elif kind in ('ia3', 'ia3_in'):

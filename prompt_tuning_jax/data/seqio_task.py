@@ -65,9 +65,7 @@ class SeqioTask:
     object.__setattr__(self, 'modules', tuple(dict.fromkeys((BUNDLED, *given))))
     if self.max_examples is not None and self.max_examples < 1:
       raise ValueError(f'max_examples must be 1 or more, got {self.max_examples}.')
-    if not isinstance(self.template, str) or self.template.count('{}') != 1:
-      raise ValueError("template should be a text with one '{}', where inputs stand, got "
-                       f'{self.template!r}.')
+    check_template(self.template)
 
   def key_parts(self, split: str) -> dict[str, Any]:
     """What the tokens depend on besides split, vocabulary and lengths: code and data.
@@ -260,3 +258,10 @@ def _declared_datasets(path: pathlib.Path) -> dict[str, list[str]]:
         isinstance(target, ast.Name) and target.id == 'TFDS_DATASETS' for target in node.targets):
       return ast.literal_eval(node.value)
   return {}
+
+
+def check_template(template: str) -> None:
+  """Raises ValueError for what inputs cannot be written into."""
+  if not isinstance(template, str) or template.count('{}') != 1:
+    raise ValueError("template should be a text with one '{}', where inputs stand, got "
+                     f'{template!r}.')

@@ -102,6 +102,13 @@ def quantize(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return np.rint(weights / scale).astype(np.int8), scale
 
 
+def quantized(weights: Array, kernel: bool) -> Quantized:
+  """A kernel [..., in, out] or a table [V, D] as the leaf that takes its place."""
+  weights = np.asarray(weights)
+  values, scale = quantize(weights.swapaxes(-1, -2) if kernel else weights)
+  return Quantized(jnp.asarray(values), jnp.asarray(scale), kernel)
+
+
 def param_with_axes(name: str, init: Initializer, shape: Shape, axes: tuple[str, ...],
                     module: nn.Module) -> Any:
   """A float32 parameter of the module, or the `Quantized` leaf that it was given in its place."""

@@ -43,8 +43,11 @@ def combined(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> PyTree:
   for kind, of in changes.items():
     paths = {path.rpartition('/')[0] for path in of} if kind == 'lora' else set(of)
     for path in sorted(paths):
-      if path not in leaves and kind == 'lora' and path == _output(leaves):
-        beside.update(_of_tied_output(path, leaves, of))
+      table = tied_table(path, leaves) if kind == 'lora' else None
+      if table is not None:
+        a, b = _lora(path, table.shape[::-1], of)
+        layer = path.removesuffix('/kernel')
+        beside.update({f'{layer}/lora_a': a, f'{layer}/lora_b': b})
         continue
       if path not in leaves:
         raise ValueError(f'{kind} changes {path}, which the base does not have.')
@@ -53,6 +56,15 @@ def combined(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> PyTree:
       if kind == 'ia3' and bias in leaves:
         leaves[bias] = leaves[bias] * of[path].astype(leaves[bias].dtype)
   return param_paths.merge(param_paths.unflatten(leaves), param_paths.unflatten(beside))
+
+
+def tied_table(path: str, leaves: Mapping[str, Any]) -> Any | None:
+  """The embedding table among a base's leaves, if it is the output layer whose kernel, of a network
+  that has one, would be at `path` (`config.output`)."""
+  decoder = any(name.startswith('decoder/') for name in leaves)
+  if path in leaves or path != f'{"decoder" if decoder else "head"}/logits_dense/kernel':
+    return None
+  return next((leaf for name, leaf in leaves.items() if name.endswith(TABLE)), None)
 
 
 def stacked(changes: Sequence[Mapping[str, Any]]) -> dict[str, Array]:
@@ -120,18 +132,3 @@ def _lora(path: str, shape: tuple[int, ...], of: Mapping[str, Array]) -> tuple[A
   if (a.shape[0], b.shape[1]) != shape or a.shape[1] != b.shape[0]:
     raise ValueError(f'lora of {path}: {a.shape} and {b.shape} do not make {shape}.')
   return a, b
-
-
-def _output(leaves: Mapping[str, Any]) -> str:
-  """The path of the output layer's kernel; where it is tied there is none (`config.output`)."""
-  has_decoder = any(path.startswith('decoder/') for path in leaves)
-  return f'{"decoder" if has_decoder else "head"}/logits_dense/kernel'
-
-
-def _of_tied_output(path: str, leaves: Mapping[str, Any],
-                    of: Mapping[str, Array]) -> dict[str, Array]:
-  """{leaf: half} of a change of the output layer that is the embedding table among `leaves`."""
-  [table] = [leaf for name, leaf in leaves.items() if name.endswith(TABLE)]
-  a, b = _lora(path, table.shape[::-1], of)
-  layer = path.removesuffix('/kernel')
-  return {f'{layer}/lora_a': a, f'{layer}/lora_b': b}

@@ -1,6 +1,7 @@
 """Laws of weights in eight bits: how far off they are, and what is computed with them."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,7 @@ def random(*shape):
   return RNG.normal(size=shape).astype(np.float32)
 
 
-def quantized(weights, kernel=True):
-  values, scale = int8.quantize(weights.swapaxes(-1, -2) if kernel else weights)
-  return int8.Quantized(jnp.asarray(values), jnp.asarray(scale), kernel)
+quantized = functools.partial(int8.quantized, kernel=True)
 
 
 def test_a_weight_is_at_most_half_a_step_off():
@@ -109,7 +108,7 @@ def test_rows_of_a_table_and_none():
 
 def quantized_params(params):
   return param_paths.unflatten({
-      path: quantized(leaf, int8.is_kernel(path)) if int8.is_small(path) else leaf
+      path: int8.quantized(leaf, int8.is_kernel(path)) if int8.is_small(path) else leaf
       for path, leaf in param_paths.flatten(params).items()})
 
 
