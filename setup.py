@@ -49,6 +49,7 @@ setup(
         'numpy>=2.0',
         'optax>=0.2.6',
         'orbax-checkpoint>=0.11',
+        'scipy>=1.12',  # sparse matrices as arrays; jax needs it too
         'sentencepiece>=0.2',
         'seqio>=0.0.20',
         'tensorboard',

@@ -10,23 +10,6 @@ ABOUT = ("Trains a vocabulary from plain text, a line a sentence: a unigram Sent
          'GPT-2, BART or BERT.')
 
 
-def lines(paths: list[str], every: int):
-  """Every `every`-th line that is not blank, of text files that may be .gz or .xz."""
-  import gzip
-  import lzma
-  number = 0
-  for path in paths:
-    opener = {'gz': gzip.open, 'xz': lzma.open}.get(path.rsplit('.', 1)[-1], open)
-    try:
-      with opener(path, 'rt', encoding='utf-8') as file:
-        for line in filter(None, map(str.strip, file)):
-          if number % every == 0:
-            yield line
-          number += 1
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
-      raise ValueError(f'Cannot read {path}: {error}.') from None
-
-
 def main(argv: list[str]) -> int:
   """Returns the exit status."""
   parser = verb.bare_parser('train_vocabulary', ABOUT)
@@ -47,6 +30,7 @@ def main(argv: list[str]) -> int:
       raise ValueError('--pieces and --every must be at least 1.')
     verb.check_files(flags.input, flags.output)
     from prompt_tuning_jax.checkpoints.atomic_write import atomic_file
+    from prompt_tuning_jax.data.plain_text import lines
     from prompt_tuning_jax.data.tokenizer_training import train_tokenizer
     from prompt_tuning_jax.data.vocabulary import Vocabulary, train_vocabulary
     if flags.kind != 't5':
