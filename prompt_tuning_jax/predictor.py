@@ -116,7 +116,7 @@ def check_masks(config: Any, inputs: Iterable[Tokens], targets: Iterable[int]) -
     inputs: the ids of each example's input.
     targets: the tokens of its target, its end included, which needs no mask.
   """
-  if not hasattr(config, 'mask_id'):
+  if not config.is_masked_lm:
     return
   for ids, target in zip(inputs, targets, strict=True):
     masks = int(np.sum(np.asarray(ids) == config.mask_id))
@@ -128,7 +128,7 @@ def check_masks(config: Any, inputs: Iterable[Tokens], targets: Iterable[int]) -
 
 def check_calibration(config: Any) -> None:
   """Raises ValueError for a masked language model, which says nothing of labels without a text."""
-  if hasattr(config, 'mask_id'):
+  if config.is_masked_lm:
     raise ValueError('A masked language model cannot be calibrated: an input without text has no '
                      'mask to fill in. Leave out `calibrated`.')
 

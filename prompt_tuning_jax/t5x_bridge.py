@@ -58,7 +58,7 @@ def open_base(base: str, network: Any = None, vocabulary: str | None = None) -> 
   if opened.vocabulary is None:
     raise ValueError(f'The base {base} brings no vocabulary: give its file with --gin.VOCABULARY, '
                      'in quotes, or --gin_file=vocabulary/t5.gin.')
-  if any(map(words_of(opened).begins, ('inputs', 'targets'))) or hasattr(opened.config, 'mask_id'):
+  if any(map(words_of(opened).begins, ('inputs', 'targets'))) or opened.config.is_masked_lm:
     raise ValueError("Under T5X bases are T5s and decoder-only networks, without BART's or BERT's "
                      f'vocabulary: {base} is for our own trainer, prompt_tuning_jax.train.')
   return opened

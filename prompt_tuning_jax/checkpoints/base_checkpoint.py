@@ -224,7 +224,7 @@ def _check_size(folder: str, config: Any, vocabulary: VocabularyFile | None):
 
 def _with_ids(config: Any, vocabulary: VocabularyFile | None) -> Any:
   """The network with those ids of the vocabulary that it reads: BERT's mask and end."""
-  if not (vocabulary and hasattr(config, 'mask_id')):
+  if not (vocabulary and config.is_masked_lm):
     return config
   if vocabulary.mask_id is None:
     raise ValueError(f'The vocabulary {vocabulary.file} has no mask, which BERT fills in.')

@@ -61,6 +61,7 @@ class BartConfig:
   def __post_init__(self):
     layer_stack.check(self)
 
+  is_masked_lm = False
   embedding_stddev = 0.02  # of a new table; a tied output layer does not scale its input
   layer_norm_epsilon = 1e-5
   position_offset = 2  # rows of the table of positions before that of the first

@@ -60,6 +60,7 @@ class BertConfig:
   def __post_init__(self):
     layer_stack.check(self)
 
+  is_masked_lm = True
   embedding_stddev = 0.02  # of new tables
   layer_norm_epsilon = 1e-12
   position_offset = 0

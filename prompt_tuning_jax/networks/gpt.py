@@ -71,6 +71,7 @@ class GPTConfig:
   def __post_init__(self):
     layer_stack.check(self)
 
+  is_masked_lm = False
   # Where the embedding table is, and the modules that make each place's keys and values.
   embedding = 'decoder/token_embedder/embedding'
   output = 'decoder/logits_dense/kernel'

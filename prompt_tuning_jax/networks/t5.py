@@ -53,6 +53,7 @@ class T5Config:
   def __post_init__(self):
     layer_stack.check(self)
 
+  is_masked_lm = False  # whether it answers under the inputs' masks, and decodes nothing
   max_positions = None  # Positions are relative: texts may be of any length.
   start_id = 0  # what the decoder reads first: padding
   embedding_stddev = 1.0  # of a new table

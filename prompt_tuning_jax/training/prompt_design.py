@@ -70,7 +70,7 @@ class PromptDesign:
     room = self.context_length - lengths['inputs'] - lengths['targets']
     rows = caches[0].rows
     picked = chosen(rows, self.examples, seed)
-    mask = tokenizer_file.BERT['mask_token'] if hasattr(base.config, 'mask_id') else None
+    mask = tokenizer_file.BERT['mask_token'] if base.config.is_masked_lm else None
     if mask and self.template != PromptDesign.template and any(mask in rows[i]['inputs']
                                                                for i in picked):
       raise ValueError(f'Examples for {base.name} are their inputs, with the target where the mask '
