@@ -25,7 +25,7 @@ FLOORS = (
     {'launch'},
     {'verb', 'many_runs'},
     {'train', 'train_ensemble', 'train_vocabulary', 'eval', 'infer', 'score', 'serve', 'export',
-     'similarity', 'inspect', 'sweep', 'steer', 'label_words', 'word_vectors'},
+     'similarity', 'inspect', 'sweep', 'steer', 'label_words', 'warm_start'},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TENSORFLOW = {'tensorflow', 'tensorflow_text', 'tensorflow_datasets', 'seqio', 't5', 'clu'}

@@ -1,11 +1,10 @@
 """Word vectors of a text: what its words stand beside, in a few hundred numbers a word.
 
 Positive pointwise mutual information of words and their neighbours, cut to its largest singular
-vectors: as good as word2vec (Levy, Goldberg & Dagan 2015), and a minute instead of a night. A base
-whose embeddings start from them is spared the long first part of pretraining, in which it learns
-little but which words occur together.
+vectors: as good as word2vec (Levy, Goldberg & Dagan 2015), and a minute instead of a night.
 """
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -18,15 +17,28 @@ SMOOTHING = 0.75  # of the neighbours' frequencies (Levy, Goldberg & Dagan 2015,
 TOKENS_AT_ONCE = 4_000_000
 
 
+@dataclasses.dataclass(frozen=True)
+class WordVectors:
+  """What a text says of each of V words.
+
+  Attributes:
+    words, followers: [V, D] float32; words @ followers.T is about the mutual information, in nats,
+      of a word and one that stands right after it, and 0 where that is negative.
+    log_frequency: [V] float32, of the word's share of the text, nats.
+    known: [V] bool, whether a word has vectors; the others' are 0.
+  """
+
+  words: np.ndarray
+  followers: np.ndarray
+  log_frequency: np.ndarray
+  known: np.ndarray
+
+
 def word_vectors(texts: Iterable[np.ndarray], size: int, width: int,
-                 rarest: int = 50) -> tuple[np.ndarray, np.ndarray]:
-  """Vectors of the words of `texts`, each the ids of a text: [n] integers in [0, size).
+                 rarest: int = 50) -> WordVectors:
+  """Vectors of `width` numbers of `size` words, from `texts`, each the ids of a text: [n] integers.
 
   Words are neighbours within a text only. A word that stands fewer than `rarest` times has none.
-
-  Returns:
-    [size, width] float32, rows of length sqrt(width), so that a number is about 1 in size, as of
-    T5's random embeddings, and 0 where a word has none; and [size] bool, where one has.
   Raises ValueError where fewer than 2 * width words have vectors.
   """
   beside = around = sparse.csr_matrix((size, size), dtype=np.float32)
@@ -43,13 +55,12 @@ def word_vectors(texts: Iterable[np.ndarray], size: int, width: int,
   sides = [_information(picked @ counts @ picked)
            for counts in (beside, beside.T, around + around.T)]
   start = np.random.default_rng(0).standard_normal(size)  # the same vectors each time
-  left, strength, _ = linalg.svds(sparse.hstack(sides).tocsr(), k=width, v0=start, tol=1e-3)
-  vectors = left * np.sqrt(strength)  # section 3.3 there, p = 1/2
-  vectors *= np.sign(vectors[np.abs(vectors).argmax(0), np.arange(width)])
-  lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-  known &= lengths[:, 0] > 0
-  vectors = np.where(known[:, None], vectors / np.maximum(lengths, 1e-30), 0.0)
-  return (vectors * np.sqrt(width)).astype(np.float32), known
+  left, strength, right = linalg.svds(sparse.hstack(sides).tocsr(), k=width, v0=start, tol=1e-3)
+  scale = np.sqrt(strength)  # section 3.3 there, p = 1/2
+  scale *= np.sign(left[np.abs(left).argmax(0), np.arange(width)])
+  log_frequency = np.log(np.maximum(frequency, 1) / max(frequency.sum(), 1))
+  return WordVectors((left * scale).astype(np.float32), (right[:, :size].T * scale).astype(
+      np.float32), log_frequency.astype(np.float32), known)
 
 
 def _portions(texts: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:

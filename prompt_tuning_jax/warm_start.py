@@ -1,19 +1,19 @@
-"""A base to start pretraining from: `python -m prompt_tuning_jax.word_vectors --input=…`."""
+"""A base to start pretraining from: `python -m prompt_tuning_jax.warm_start --input=…`."""
 
 import itertools
 import sys
 
 from prompt_tuning_jax import launch, verb
 
-ABOUT = ('Writes a base of random weights whose embeddings, and output layer, are word vectors of '
-         'a text: what pretraining starts from, with INITIAL_CHECKPOINT_PATH, to come as far in a '
-         'fraction of the steps.')
+ABOUT = ('Writes a base of random weights whose embeddings and output layer know which words of a '
+         'text stand together: what pretraining starts from, with INITIAL_CHECKPOINT_PATH, to come '
+         'as far in a fraction of the steps.')
 LINES_AT_ONCE = 20_000
 
 
 def main(argv: list[str]) -> int:
   """Returns the exit status."""
-  parser = verb.bare_parser('word_vectors', ABOUT)
+  parser = verb.bare_parser('warm_start', ABOUT)
   parser.add_argument('--network', required=True, metavar='NAME', help='such as mini')
   parser.add_argument('--vocabulary', required=True, type=verb.path, metavar='FILE',
                       help='a SentencePiece file, tokenizer.json or vocab.txt')
@@ -37,6 +37,7 @@ def _write(flags) -> None:
   from prompt_tuning_jax.data.plain_text import lines
   from prompt_tuning_jax.data.vocabulary import Vocabulary
   from prompt_tuning_jax.data.word_vectors import word_vectors
+  from prompt_tuning_jax.networks.warm_start import warm_start
   base = base_checkpoint.random_base(
       launch.network_named(flags.network), flags.vocabulary, flags.seed)
   words = Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
@@ -47,16 +48,11 @@ def _write(flags) -> None:
     while portion := list(itertools.islice(rows, LINES_AT_ONCE)):
       yield from map(np.array, filter(None, words.encode_many(portion)))
 
-  vectors, known = word_vectors(texts(), config.vocab_size, config.emb_dim)
-  # Each table keeps the size of its random numbers, and these where a word has no vector.
-  for path, table, has in ((config.embedding, vectors, known[:, None]),
-                           (config.output, vectors.T, known)):
-    if path in params:
-      kept = np.asarray(params[path])
-      params[path] = np.where(has, table * kept.std(), kept).astype(kept.dtype)
+  vectors = word_vectors(texts(), config.vocab_size, config.emb_dim - 1)
+  params = warm_start(config, params, **vars(vectors))
   base_checkpoint.write(flags.output, config, param_paths.unflatten(params),
                         vocabulary=base.vocabulary)
-  print(f'{known.sum()} of {config.vocab_size} words have vectors in {flags.output}')
+  print(f'{vectors.known.sum()} of {config.vocab_size} words have vectors in {flags.output}')
 
 
 if __name__ == '__main__':
