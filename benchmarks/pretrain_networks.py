@@ -3,8 +3,8 @@
   python benchmarks/pretrain_networks.py --text novels.txt.xz wiki.txt.xz --output=DIR
 
 The text files make the vocabularies; the training text is the TFDS data sets local_text/novels and
-local_text/wiki. Runs `train_vocabulary` and `train` for each network, and leaves Hugging Face
-folders: DIR/gpt, DIR/bert, DIR/bart. A command that was cut goes on where it was.
+local_text/wiki. Runs `train_vocabulary`, `warm_start` and `train` for each network, and leaves
+Hugging Face folders: DIR/gpt, DIR/bert, DIR/bart. A command that was cut goes on where it was.
 """
 
 import argparse
@@ -23,12 +23,14 @@ NETWORKS = {
 
 def commands(name: str, text: list[str], output: pathlib.Path,
              steps: int | None = None) -> list[list[str]]:
-  """What makes one network's vocabulary, and what trains the network."""
+  """What makes a network's vocabulary, and the weights it starts from, and what trains it."""
   kind, run, task, lengths, default = NETWORKS[name]
   steps = steps or default
-  vocabulary, folder = output / f'{name}.json', output / f'{name}_run'
+  vocabulary, start, folder = (
+      output / f'{name}.json', output / f'{name}_start', output / f'{name}_run')
   bindings = {
-      'VOCABULARY': f"'{vocabulary}'", 'MODEL_DIR': f"'{folder}'",
+      'VOCABULARY': f"'{vocabulary}'", 'INITIAL_CHECKPOINT_PATH': f"'{start}'",
+      'MODEL_DIR': f"'{folder}'",
       'MIXTURE_OR_TASK_NAME': f"'{task}'",
       'TASK_FEATURE_LENGTHS': lengths, 'TRAIN_STEPS': steps, 'BATCH_SIZE': 32,
       'EVAL_PERIOD': steps, 'SAVE_PERIOD': 500, 'DROPOUT_RATE': 0.0,
@@ -38,6 +40,8 @@ def commands(name: str, text: list[str], output: pathlib.Path,
   return [
       [*module, 'prompt_tuning_jax.train_vocabulary', f'--kind={kind}', '--input', *text,
        '--every=4', '--pieces=8000', f'--output={vocabulary}'],
+      [*module, 'prompt_tuning_jax.warm_start', f'--network={name}_micro', '--input', *text,
+       f'--vocabulary={vocabulary}', f'--output={start}'],
       [*module, 'prompt_tuning_jax.train', f'--gin_file=run/{run}.gin',
        f'--gin_file=network/{name}_micro.gin',
        *(f'--gin.{key}={value}' for key, value in bindings.items())]]
@@ -53,9 +57,11 @@ def main():
   output = flags.output.resolve()
   output.mkdir(parents=True, exist_ok=True)
   for name in flags.networks:
-    vocabulary, training = commands(name, flags.text, output, flags.steps)
+    vocabulary, start, training = commands(name, flags.text, output, flags.steps)
     if not (output / f'{name}.json').exists():
       subprocess.run(vocabulary, check=True)
+    if not (output / f'{name}_start').exists():
+      subprocess.run(start, check=True)
     if not (output / name).is_symlink():
       subprocess.run(training, check=True)
       (output / name).symlink_to(f'{name}_run/prompts/last')

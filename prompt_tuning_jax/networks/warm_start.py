@@ -24,8 +24,9 @@ def warm_start(config: Any, params: Mapping[str, np.ndarray], words: np.ndarray,
   """Leaves by path, with what `data.word_vectors.WordVectors` knows in the place of random numbers.
 
   Embeddings are word vectors [V, D - 1] and a constant, at the size of the random ones. An output
-  layer of its own gives the logarithm of frequency and the mutual information with the word before.
-  Words that are not `known` (sentinels, say) keep random embeddings.
+  layer of its own gives the logarithm of frequency and the mutual information with the word before,
+  an output layer's biases (BERT, BART) the former. Words that are not `known` (sentinels, say) keep
+  random embeddings.
 
   In a T5 heads look in turns at the token before, the one after (the second before, in a decoder),
   near tokens and anywhere (a fixed part of what ALiBi does, Press et al. 2022); in cross attention
@@ -42,15 +43,16 @@ def warm_start(config: Any, params: Mapping[str, np.ndarray], words: np.ndarray,
   rows = np.where(known[:, None], words / np.maximum(lengths, 1e-30) * rest, random)
   made[config.embedding] = np.concatenate(
       [np.full((len(rows), 1), constant), rows], axis=1) * spread
+  frequency = np.where(known, log_frequency - log_frequency[known].mean(), 0.0)
   if config.output in made:
     usual = np.average(lengths[:, 0], weights=known * np.exp(log_frequency))
     outputs = followers * (FOLLOWER * usual / rest)
     chance = made[config.output].T[:, 1:]
     chance *= outputs[known].std() / chance.std()
-    frequency = FREQUENCY / constant * (log_frequency - log_frequency[known].mean())
     made[config.output] = np.concatenate(
-        [np.where(known, frequency, 0.0)[:, None],
+        [frequency[:, None] * (FREQUENCY / constant),
          np.where(known[:, None], outputs, chance)], axis=1).T
+  made |= {path: frequency for path in made if path.endswith('/logits_bias')}
   if any(path.endswith('rel_embedding') for path in made):
     _attend(made)
   return {path: np.ascontiguousarray(leaf, np.float32) for path, leaf in made.items()}

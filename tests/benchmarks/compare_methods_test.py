@@ -64,10 +64,11 @@ def test_every_network_is_pretrained_and_then_compared(name, tmp_path):
   """Commands and settings are understood, each method's on this network."""
   text = tmp_path / 'text.txt'
   text.write_text('a text\n')
-  vocabulary, training = pretrain_networks.commands(name, [str(text)], tmp_path, 20)
+  vocabulary, start, training = pretrain_networks.commands(name, [str(text)], tmp_path, 20)
   assert vocabulary[2] == 'prompt_tuning_jax.train_vocabulary'
+  assert start[2:4] == ['prompt_tuning_jax.warm_start', f'--network={name}_micro']
   (tmp_path / f'{name}.json').write_text('{}')
-  assert launch.train([*training[3:], '--dry_run']) == 0
+  assert launch.train([*training[3:], '--gin.INITIAL_CHECKPOINT_PATH=None', '--dry_run']) == 0
   for method in NETWORKS['methods']:
     task = 'gpt2' if name == 'gpt' else name
     _, _, _, *flags = compare_methods.command(NETWORKS, method, task, 0, tmp_path / 'run')

@@ -87,12 +87,13 @@ def test_heads_look_at_neighbours_and_alike_tokens_find_each_other(started):
   np.testing.assert_allclose(made[out], 0.35 * random[out], rtol=1e-6)
 
 
-def test_a_bert_has_word_vectors_and_keeps_the_rest(started, bert_file):
+def test_a_bert_has_word_vectors_and_frequencies_and_keeps_the_rest(started, bert_file):
   config = BertConfig(vocab_size=128, emb_dim=8, num_heads=2, num_encoder_layers=1, head_dim=4,
                       mlp_dim=16, max_positions=32)
   made, random = started(config, str(bert_file))
   changed = {path for path in made if not np.array_equal(made[path], random[path])}
-  assert changed == {config.embedding}
+  assert changed == {config.embedding, 'head/logits_bias'}
+  assert made['head/logits_bias'].std() > 0.3
 
 
 def test_what_is_not_there_is_one_line(tiny_base, reviews, tmp_path, capsys):
