@@ -1,6 +1,7 @@
 """A base to start pretraining from: `python -m prompt_tuning_jax.warm_start --input=…`."""
 
 import itertools
+import os
 import sys
 
 from prompt_tuning_jax import launch, verb
@@ -16,11 +17,11 @@ def main(argv: list[str]) -> int:
   parser = verb.bare_parser('warm_start', ABOUT)
   parser.add_argument('--network', required=True, metavar='NAME', help='such as mini')
   parser.add_argument('--vocabulary', required=True, type=verb.path, metavar='FILE',
-                      help='a SentencePiece file, tokenizer.json or vocab.txt')
+                      help='a SentencePiece file, tokenizer.json or vocab.txt; bytes are no words')
   parser.add_argument('--input', required=True, nargs='+', type=verb.path, metavar='FILE',
                       help='text files, UTF-8, also .gz and .xz; words of a line are neighbours')
   parser.add_argument('--output', required=True, type=verb.path, metavar='FOLDER',
-                      help='the base, a Hugging Face folder')
+                      help='the base, a new folder')
   parser.add_argument('--seed', type=int, default=0, metavar='N',
                       help='of the random weights (default 0)')
   flags = parser.parse_args(argv)
@@ -29,6 +30,8 @@ def main(argv: list[str]) -> int:
 
 
 def _write(flags) -> None:
+  if os.path.exists(flags.output):
+    raise ValueError(f'There is already a {flags.output}: name a new folder.')
   verb.check_files([flags.vocabulary, *flags.input], flags.output)
   import numpy as np
 

@@ -2,6 +2,7 @@
 
 import gzip
 import lzma
+import zlib
 from collections.abc import Iterator
 
 
@@ -16,5 +17,5 @@ def lines(paths: list[str], every: int = 1) -> Iterator[str]:
           if number % every == 0:
             yield line
           number += 1
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
       raise ValueError(f'Cannot read {path}: {error}.') from None

@@ -1,7 +1,7 @@
 """Word vectors of a text: what its words stand beside, in a few hundred numbers a word.
 
 Positive pointwise mutual information of words and their neighbours, cut to its largest singular
-vectors: as good as word2vec (Levy, Goldberg & Dagan 2015), and a minute instead of a night.
+vectors: as good as word2vec (Levy, Goldberg & Dagan 2015), and some minutes instead of a night.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class WordVectors:
 
   Attributes:
     words, followers: [V, D] float32; words @ followers.T is about the mutual information, in nats,
-      of a word and one that stands right after it, and 0 where that is negative.
+      of a word and one that stands after it (BESIDE), and 0 where that is negative.
     log_frequency: [V] float32, of the word's share of the text, nats.
     known: [V] bool, whether a word has vectors; the others' are 0.
   """
@@ -38,9 +38,13 @@ def word_vectors(texts: Iterable[np.ndarray], size: int, width: int,
                  rarest: int = 50) -> WordVectors:
   """Vectors of `width` numbers of `size` words, from `texts`, each the ids of a text: [n] integers.
 
-  Words are neighbours within a text only. A word that stands fewer than `rarest` times has none.
-  Raises ValueError where fewer than 2 * width words have vectors.
+  Ids are below `size`. Words are neighbours within a text only; one that stands fewer than `rarest`
+  times has no vector. All pairs that stand together are held in memory. Raises ValueError where
+  fewer than 2 * width words have vectors, or none stand together.
   """
+  if not 1 <= width <= size // 2:
+    raise ValueError(f'{size} words can have vectors of 1 to {size // 2} numbers, got {width}: a '
+                     'network this wide needs a larger vocabulary.')
   beside = around = sparse.csr_matrix((size, size), dtype=np.float32)
   frequency = np.zeros(size, np.int64)
   for ids, text in _portions(texts):
@@ -54,6 +58,9 @@ def word_vectors(texts: Iterable[np.ndarray], size: int, width: int,
   picked = sparse.diags_array(known.astype(np.float32))
   sides = [_information(picked @ counts @ picked)
            for counts in (beside, beside.T, around + around.T)]
+  del beside, around
+  if not all(side.nnz for side in sides):
+    raise ValueError('Hardly any words stand together: word vectors need lines of whole sentences.')
   start = np.random.default_rng(0).standard_normal(size)  # the same vectors each time
   left, strength, right = linalg.svds(sparse.hstack(sides).tocsr(), k=width, v0=start, tol=1e-3)
   scale = np.sqrt(strength)  # section 3.3 there, p = 1/2
@@ -94,6 +101,8 @@ def _pairs(ids: np.ndarray, text: np.ndarray, weights: dict[int, float],
 
 def _information(counts: sparse.csr_matrix) -> sparse.csr_matrix:
   """Positive pointwise mutual information, log p(word, neighbour) / p(word) p(neighbour), nats."""
+  if not counts.nnz:
+    return counts
   pairs = counts.tocoo()
   words = np.asarray(counts.sum(axis=1)).ravel()
   neighbours = np.asarray(counts.sum(axis=0)).ravel() ** SMOOTHING

@@ -1,7 +1,7 @@
 """Random weights that begin with what counting tells, for pretraining on a laptop.
 
 From random numbers a small T5 spends its first thousands of steps on how frequent words are, which
-stand together, and that neighbours matter. Counting a text tells the first two in a minute, and the
+stand together, and that neighbours matter. Counting a text tells the first two in minutes, and the
 third is no secret. Every number here trains on as any other would.
 """
 
@@ -13,8 +13,8 @@ import numpy as np
 
 CONSTANT = 0.375  # of the length of a word's embedding, in a number that is the same for all words
 FREQUENCY, FOLLOWER = 0.75, 1.5  # weights with which a word's output predicts the next one best
-NEAR = 6.0  # attention logit of the place that a head looks at; 0 is that of all others
-MATCH = 0.2  # of keys in cross attention's queries: alike tokens find each other
+NEAR = 6.0  # attention logit of the distance that a head looks at; 0 is that of all others
+MATCH = 12.8  # attention logit of a token with its like, in cross attention
 RESIDUAL = 0.35  # of the random outputs of sub-layers, so that words pass through them
 
 
@@ -24,26 +24,28 @@ def warm_start(config: Any, params: Mapping[str, np.ndarray], words: np.ndarray,
   """Leaves by path, with what `data.word_vectors.WordVectors` knows in the place of random numbers.
 
   Embeddings are word vectors [V, D - 1] and a constant, at the size of the random ones. An output
-  layer of its own gives the logarithm of frequency and the mutual information with the word before,
-  an output layer's biases (BERT, BART) the former. Words that are not `known` (sentinels, say) keep
-  random embeddings.
+  layer of its own weighs the logarithm of frequency and the mutual information with the word before
+  so that together they predict best; an output layer's biases (BERT, BART) are the logarithm. Words
+  without vectors (sentinels, say) keep the direction of their random embeddings.
 
-  In a T5 heads look in turns at the token before, the one after (the second before, in a decoder),
-  near tokens and anywhere (a fixed part of what ALiBi does, Press et al. 2022); in cross attention
-  queries are like keys (Trockman & Kolter 2023); and sub-layers begin with small outputs.
+  Where positions are relative (T5), heads look in turns at the token before, the one after (the
+  second before, in a decoder), near tokens and anywhere, as ALiBi's do (Press et al. 2022); in
+  cross attention queries are like keys, which Trockman & Kolter (2023) do in self-attention; and
+  sub-layers begin with small outputs.
   """
   made = {path: np.array(leaf) for path, leaf in params.items()}
   table = made[config.embedding]
   constant = CONSTANT * math.sqrt(config.emb_dim)
   rest = math.sqrt(config.emb_dim - constant ** 2)
   lengths = np.linalg.norm(words, axis=1, keepdims=True)
+  known = known & (lengths[:, 0] > 1e-3 * lengths.max())  # one that stands alone has no direction
   spread = table.std()
   random = table[:, 1:] / spread
   random *= rest / np.linalg.norm(random, axis=1, keepdims=True)
   rows = np.where(known[:, None], words / np.maximum(lengths, 1e-30) * rest, random)
   made[config.embedding] = np.concatenate(
-      [np.full((len(rows), 1), constant), rows], axis=1) * spread
-  frequency = np.where(known, log_frequency - log_frequency[known].mean(), 0.0)
+      [np.full((len(rows), 1), constant, np.float32), rows], axis=1) * spread
+  frequency = log_frequency - log_frequency[known].mean()
   if config.output in made:
     usual = np.average(lengths[:, 0], weights=known * np.exp(log_frequency))
     outputs = followers * (FOLLOWER * usual / rest)
@@ -54,17 +56,17 @@ def warm_start(config: Any, params: Mapping[str, np.ndarray], words: np.ndarray,
          np.where(known[:, None], outputs, chance)], axis=1).T
   made |= {path: frequency for path in made if path.endswith('/logits_bias')}
   if any(path.endswith('rel_embedding') for path in made):
-    _attend(made)
+    _attend(made, config.head_dim)
   return {path: np.ascontiguousarray(leaf, np.float32) for path, leaf in made.items()}
 
 
-def _attend(leaves: dict[str, np.ndarray]) -> None:
-  """Makes heads of a T5 look at neighbours, and at like tokens of the inputs."""
+def _attend(leaves: dict[str, np.ndarray], head_dim: int) -> None:
+  """Makes heads look at neighbours, and at like tokens of the inputs."""
   for path, leaf in leaves.items():
     if path.endswith('rel_embedding'):
       leaves[path] = _heads(*leaf.shape, bidirectional=path.startswith('encoder'))
     elif path.endswith('encoder_decoder_attention/query/kernel'):
-      leaves[path] = MATCH * leaves[path.replace('/query/', '/key/')]
+      leaves[path] = MATCH / head_dim * leaves[path.replace('/query/', '/key/')]
     elif path.endswith(('attention/out/kernel', 'mlp/wo/kernel')):
       leaves[path] = RESIDUAL * leaf
 

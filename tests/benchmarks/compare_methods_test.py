@@ -66,6 +66,7 @@ def test_every_network_is_pretrained_and_then_compared(name, tmp_path):
   text.write_text('a text\n')
   vocabulary, start, training = pretrain_networks.commands(name, [str(text)], tmp_path, 20)
   assert vocabulary[2] == 'prompt_tuning_jax.train_vocabulary'
+  assert f"--gin.INITIAL_CHECKPOINT_PATH='{tmp_path / name}_start'" in training
   assert start[2:4] == ['prompt_tuning_jax.warm_start', f'--network={name}_micro']
   (tmp_path / f'{name}.json').write_text('{}')
   assert launch.train([*training[3:], '--gin.INITIAL_CHECKPOINT_PATH=None', '--dry_run']) == 0

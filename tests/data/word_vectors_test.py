@@ -53,7 +53,7 @@ def test_vectors_are_those_of_the_definition(texts):
   assert got.known.all()
 
 
-def test_as_many_vectors_as_words_give_the_information_itself(texts):
+def test_many_numbers_give_nearly_the_information_itself(texts):
   full = word_vectors(texts, SIZE, SIZE // 2 - 1)
   information = by_definition(texts, 50)[0]
   given = full.words @ full.followers.T
@@ -61,9 +61,15 @@ def test_as_many_vectors_as_words_give_the_information_itself(texts):
 
 
 def test_words_of_a_kind_are_alike_and_rare_ones_have_no_vector(texts):
-  texts = [np.where(text == 7, 6, text) for text in texts]
+  texts = [np.where((text == 7) | (text == 8), 6, text) for text in texts]
+  texts += [np.array([7, 1, 8, 2])] * 49 + [np.array([8, 3])]  # 49 and 50 times
   got = word_vectors(texts, SIZE, WIDTH)
   assert list(np.flatnonzero(~got.known)) == [7]
+  sides = by_definition(texts, 50)
+  left, strength, right = np.linalg.svd(np.concatenate(sides, axis=1), full_matrices=False)
+  np.testing.assert_allclose(
+      got.words @ got.followers.T,
+      left[:, :WIDTH] * strength[:WIDTH] @ right[:WIDTH, :SIZE], atol=2e-2)
   assert np.abs(got.words[7]).max() < 1e-5 > np.abs(got.followers[7]).max()
   alike = np.corrcoef(got.words[got.known])
   half = np.arange(SIZE)[got.known] < SIZE // 2
@@ -74,14 +80,20 @@ def test_words_of_two_texts_are_no_neighbours_and_portions_change_nothing(texts,
   expected = word_vectors(texts, SIZE, WIDTH)
   monkeypatch.setattr(made, 'TOKENS_AT_ONCE', 100)
   again = word_vectors(iter(texts), SIZE, WIDTH)
+  np.testing.assert_allclose(again.words, expected.words, atol=1e-3)  # signs and all
   joined = word_vectors([np.concatenate(texts)], SIZE, WIDTH)
   same = lambda vectors: vectors.words @ vectors.followers.T
   np.testing.assert_allclose(same(again), same(expected), atol=1e-3)
   assert np.abs(same(joined) - same(expected)).max() > 0.1
 
 
-def test_too_few_words_are_told():
-  with pytest.raises(ValueError, match='need 12 words that stand at least 50 times each, got 0'):
-    word_vectors([np.arange(SIZE)], SIZE, WIDTH)
-  with pytest.raises(ValueError, match='got 0'):
-    word_vectors([], SIZE, WIDTH)
+@pytest.mark.parametrize('texts, width, told', [
+    ([np.arange(SIZE)], WIDTH, 'need 12 words that stand at least 50 times each, got 0'),
+    ([], WIDTH, 'got 0'),
+    ([np.array([n]) for n in range(SIZE)] * 50, WIDTH, 'Hardly any words stand together'),
+    ([np.arange(2)] * 50, 0, '1 to 20 numbers, got 0'),
+    ([np.arange(2)] * 50, SIZE, 'a larger vocabulary'),
+])
+def test_what_has_no_vectors_is_told(texts, width, told):
+  with pytest.raises(ValueError, match=told):
+    word_vectors(texts, SIZE, width)

@@ -81,19 +81,31 @@ def test_heads_look_at_neighbours_and_alike_tokens_find_each_other(started):
   assert [list(row) for row in where['decoder'][:2]] == [[-1], [-2]]
   assert len(where['encoder'][3]) == len(where['decoder'][3]) == 7
   cross = 'decoder/layers_0/encoder_decoder_attention/{}/kernel'
-  np.testing.assert_allclose(made[cross.format('query')], 0.2 * random[cross.format('key')],
-                             rtol=1e-6)
-  out = 'encoder/layers_0/attention/out/kernel'
-  np.testing.assert_allclose(made[out], 0.35 * random[out], rtol=1e-6)
+  np.testing.assert_allclose(made[cross.format('query')],
+                             12.8 / CONFIG.head_dim * random[cross.format('key')], rtol=1e-6)
+  rest = {path for path in made if 'layers_0' in path and 'norm' not in path}
+  outs = {path for path in rest if path.endswith(('/out/kernel', '/wo/kernel'))}
+  assert len(outs) == 5
+  for path in rest - {cross.format('query')}:
+    np.testing.assert_allclose(made[path], random[path] * (0.35 if path in outs else 1), rtol=1e-6)
 
 
-def test_a_bert_has_word_vectors_and_frequencies_and_keeps_the_rest(started, bert_file):
+def bert_words(reviews, bert_file):
+  """How often each word stands in the reviews: [128]."""
+  from prompt_tuning_jax.data.vocabulary import Vocabulary
+  lines = reviews.read_text(encoding='utf-8').splitlines()
+  return np.bincount(np.concatenate(Vocabulary(str(bert_file)).encode_many(lines)), minlength=128)
+
+
+def test_a_bert_has_word_vectors_and_frequencies_and_keeps_the_rest(started, bert_file, reviews):
   config = BertConfig(vocab_size=128, emb_dim=8, num_heads=2, num_encoder_layers=1, head_dim=4,
                       mlp_dim=16, max_positions=32)
   made, random = started(config, str(bert_file))
   changed = {path for path in made if not np.array_equal(made[path], random[path])}
   assert changed == {config.embedding, 'head/logits_bias'}
-  assert made['head/logits_bias'].std() > 0.3
+  shares = np.exp(made['head/logits_bias'])
+  assert shares.argmax() == bert_words(reviews, bert_file).argmax()
+  assert 0.9 < np.corrcoef(shares, bert_words(reviews, bert_file))[0, 1]
 
 
 def test_what_is_not_there_is_one_line(tiny_base, reviews, tmp_path, capsys):
@@ -103,6 +115,9 @@ def test_what_is_not_there_is_one_line(tiny_base, reviews, tmp_path, capsys):
   assert 'no network mine' in capsys.readouterr().err
   assert warm_start.main([*command, '--vocabulary=none.model', '--network=mini']) == 1
   assert 'none.model' in capsys.readouterr().err
+  assert warm_start.main(['--input', str(reviews), '--output', str(tmp_path), vocabulary,
+                          '--network=mini']) == 1
+  assert 'name a new folder' in capsys.readouterr().err
   assert warm_start.main([*command, vocabulary, '--network=mini']) == 1
   assert 'take more text' in capsys.readouterr().err
   assert not (tmp_path / 'start').exists()
