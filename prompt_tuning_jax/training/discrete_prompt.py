@@ -21,7 +21,6 @@ from prompt_tuning_jax.checkpoints.base_checkpoint import Base
 from prompt_tuning_jax.data.token_cache import TokenCache
 from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts.soft_prompt import SoftPrompt
-from prompt_tuning_jax.training.evaluate import first_pieces
 from prompt_tuning_jax.training.methods import placed_tokens, save_file
 from prompt_tuning_jax.training.word_search import WordSearch
 from prompt_tuning_jax.types import Array, PyTree
@@ -36,8 +35,6 @@ class DiscretePrompt:
     placement: where they stand (`prompts.virtual_tokens`): the template.
     text: what the search starts from; positions that it leaves are filled by words drawn at random.
     search: what is tried in a step, and what is kept.
-    among_labels: measure how much likelier the right label is than the task's others, which ranks
-      them; False measures the target's log-likelihood, as Shin et al. do.
     decode, table: set by `for_data`; from ids to text, and the base's embeddings [V, D] float32.
   """
 
@@ -45,7 +42,6 @@ class DiscretePrompt:
   placement: str = 'before'
   text: str = ''
   search: WordSearch = WordSearch()
-  among_labels: bool = False
   decode: Callable | None = dataclasses.field(default=None, compare=False, repr=False)
   table: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
 
@@ -65,14 +61,11 @@ class DiscretePrompt:
     found = words(vocabulary)
     if not len(found):
       raise ValueError('The vocabulary has no pieces that are text.')
-    choices = first_pieces(caches, vocabulary) if self.among_labels else None
     table = base.embedding
     if not (table.is_fully_addressable or table.is_fully_replicated):
       table = multihost_utils.process_allgather(table, tiled=True)
     return dataclasses.replace(self, decode=vocabulary.decode, table=np.asarray(table, np.float32),
-                               search=dataclasses.replace(
-                                   self.search, words=found,
-                                   choices=choices and np.array(choices, np.int32)))
+                               search=dataclasses.replace(self.search, words=found))
 
   def model(self, config: Any) -> PromptedModel:
     """The network with the words before its inputs."""

@@ -79,6 +79,14 @@ def first_pieces(caches: Sequence[TokenCache], vocabulary: Any,
   return ids
 
 
+def ranked(caches: Sequence[TokenCache], vocabulary: Any,
+           rank_labels: bool) -> tuple[tuple[int, ...], ...]:
+  """`first_pieces` for a loss among labels; ValueError where labels are not ranked afterwards."""
+  if not rank_labels:
+    raise ValueError('among_labels trains labels to be ranked: leave rank_labels True.')
+  return first_pieces(caches, vocabulary)
+
+
 def evaluator(predictors: Sequence[Predictor], caches: Sequence[TokenCache],
               metric: str | None = None, max_examples: int | None = None,
               rank_labels: bool = True) -> 'Evaluator | MixtureEvaluator | None':

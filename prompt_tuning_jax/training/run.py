@@ -55,8 +55,9 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
           eval_subset: Callable[[TokenCache], TokenCache] | None = None,
           num_microbatches: int = 1, eval_batch_size: int | None = None,
           max_eval_examples: int | None = None, rank_labels: bool = True,
-          metric: str | None = None, patience: int = 0, partitioner: Partitioner = Partitioner(),
-          cache_dir: str | None = None, config_text: str | None = None, inspect: bool = True,
+          among_labels: bool = False, metric: str | None = None, patience: int = 0,
+          partitioner: Partitioner = Partitioner(), cache_dir: str | None = None,
+          config_text: str | None = None, inspect: bool = True,
           steps: Callable[[loop.Training], Any] = loop.alone) -> Any:
   """Trains, evaluates and saves; resumes where MODEL_DIR left off.
 
@@ -75,6 +76,8 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
     parameter_dtype: of the frozen base; what trains is float32. execution: how layers are run.
     num_microbatches: parts that a batch is gone through in, where memory is short.
     rank_labels: the most probable label is the answer; False decodes, as Lester et al. evaluate.
+    among_labels: the loss is that of the label among the task's labels, as PET and WARP have it;
+      False is that of the target among all texts, T5's.
     metric: chooses the best and, after `patience` evaluations without a better one, ends training;
       by default the task's first, or `loss`. config_text: kept as MODEL_DIR/config.gin.
     inspect: write MODEL_DIR/report.html as well (`analysis.html_report`).
@@ -92,6 +95,7 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
   words, lengths = _vocabulary(base), dict(task_feature_lengths)
   opened = functools.partial(_caches, tasks, words, lengths, cache_dir)
   caches = opened('train_split', train_subset)
+  choices = evaluate.ranked(caches, words, rank_labels) if among_labels else None
   method = method.for_data(caches, base, words, seed)
   config = execution.applied(dataclasses.replace(
       base.config, dropout_rate=dropout_rate, dtype=activation_dtype), partitioner.mesh.size)
@@ -110,14 +114,12 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
       metric, max_eval_examples, rank_labels)
   optimizer = getattr(method, 'search', optimizer)  # which may take its place
   state = _place(train_state.create(trainable, optimizer), partitioner)
-  described = {
-      'base': base.fingerprint, 'task': tasks.name, 'method': methods.description(method),
-      'vocabulary': words.sha256, 'lengths': lengths, 'batch_size': batch_size, 'seed': seed,
-      'batching': source.description, 'metric': evaluator and evaluator.metric,
-      'evaluated': evaluator and evaluator.part}
+  described = _described(base, tasks, method, words, source, evaluator, lengths=lengths,
+                         batch_size=batch_size, seed=seed, among_labels=among_labels)
   look = functools.partial(html_report.write_for_run, words, config.embedding) if inspect else None
   return steps(loop.Training(
-      Recipe(model, optimizer, seed, z_loss, label_smoothing, num_microbatches, partitioner),
+      Recipe(model, optimizer, seed, z_loss, label_smoothing, num_microbatches, partitioner,
+             choices),
       state, frozen, source.batch_at, functools.partial(
           _steps, state=state, frozen=frozen, described=described, model_dir=model_dir,
           config_text=config_text, saver=functools.partial(_saver, method, base, tasks, evaluator),
@@ -278,6 +280,15 @@ def load_base(path: str | Base | None, network: Any = None, vocabulary: str | No
   network = dataclasses.replace(network, scan_layers=execution.scan_layers)
   return base_checkpoint.random_base(network, vocabulary, seed,
                                      partitioner.sharding_for(logical_axes))
+
+
+def _described(base: Base, tasks: mixture.Mixture, method: Any, words: Vocabulary, source: Any,
+               evaluator: Any, **settings: Any) -> dict[str, Any]:
+  """What makes a run the same run, so that it may be resumed."""
+  return {'base': base.fingerprint, 'task': tasks.name, 'method': methods.description(method),
+          'vocabulary': words.sha256, 'batching': source.description,
+          'metric': evaluator and evaluator.metric, 'evaluated': evaluator and evaluator.part,
+          **settings}
 
 
 def _vocabulary(base: Base) -> Vocabulary:

@@ -27,7 +27,8 @@ class Recipe:
   activations of one part are in memory at a time; the gradient is the whole batch's.
 
   `partitioner` says how the step is split over devices. With a `WordSearch` as the optimizer a step
-  is one of search over prompts of words.
+  is one of search over prompts of words. With `choices`, [C, K] ids of labels, the loss is measured
+  among these (`prompted_model.loss`).
   """
 
   model: PromptedModel
@@ -37,6 +38,7 @@ class Recipe:
   label_smoothing: float = 0.0
   num_microbatches: int = 1
   partitioner: Partitioner = Partitioner()
+  choices: tuple[tuple[int, ...], ...] | None = None
 
   @property
   def guided(self) -> bool:
@@ -45,9 +47,7 @@ class Recipe:
 
   @property
   def _choices(self) -> Array | None:
-    """What a search measures first tokens among (`WordSearch.choices`)."""
-    given = self.optimizer.choices if isinstance(self.optimizer, WordSearch) else None
-    return None if given is None else jnp.asarray(given)
+    return None if self.choices is None else jnp.array(self.choices, jnp.int32)
 
   def dropout_key(self, step: Array) -> Array:
     """The key of a step."""
@@ -106,6 +106,7 @@ class Recipe:
 def make_train_step(model: PromptedModel, optimizer: optax.GradientTransformation | WordSearch,
                     seed: int, z_loss: float = 0.0, label_smoothing: float = 0.0,
                     num_microbatches: int = 1, partitioner: Partitioner = Partitioner(),
+                    choices: tuple[tuple[int, ...], ...] | None = None,
                     shardings: TrainState | None = None) -> Callable:
   """A compiled (state, frozen, batch) -> (state, metrics); `state` is donated.
 
@@ -116,7 +117,8 @@ def make_train_step(model: PromptedModel, optimizer: optax.GradientTransformatio
   Metrics are [] float32: loss (nats per target token), accuracy (teacher-forced), tokens,
   grad_norm.
   """
-  recipe = Recipe(model, optimizer, seed, z_loss, label_smoothing, num_microbatches, partitioner)
+  recipe = Recipe(model, optimizer, seed, z_loss, label_smoothing, num_microbatches, partitioner,
+                  choices)
 
   def train_step(state: TrainState, frozen: PyTree, batch: Batch):
     gradients, metrics = recipe.gradients(state.trainable, frozen, batch,

@@ -99,14 +99,11 @@ class WordSearch:
     moves: what proposes prompts, `FirstOrder` or `Mutations`.
     keep: M, how many prompts go from step to step; `FirstOrder` changes the best alone.
     words: [W], the ids that a prompt may have; set by the method.
-    choices: [C, K], ids of labels up to the piece that is measured among them
-      (`prompted_model.loss`); None measures targets as training does.
   """
 
   moves: FirstOrder | Mutations = FirstOrder()
   keep: int = 1
   words: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
-  choices: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
 
   def __post_init__(self):
     for name, count in (('keep', self.keep), ('candidates', self.moves.candidates)):

@@ -335,6 +335,27 @@ def test_labels_are_decoded_on_request(finished, tmp_path, tiny_base, reviews, c
   assert 'accuracy' in capsys.readouterr().out
 
 
+def test_labels_are_trained_to_be_ranked_on_request(tmp_path, tiny_base, reviews):
+  """One token an example counts, and among labels a start is near log 2 and soon below it."""
+  file = tmp_path / 'words.jsonl'
+  file.write_text(reviews.read_text('utf-8').replace('"good"', '"song"').replace('"bad"', '"film"'),
+                  encoding='utf-8')
+  run_on = functools.partial(trained, tmp_path / 'run', tiny_base, file, among_labels=True)
+  with pytest.raises(ValueError, match='leave rank_labels True'):
+    run_on(rank_labels=False)
+  with pytest.raises(ValueError, match='Labels need first pieces of their own, got bad, good'):
+    trained(tmp_path / 'other', tiny_base, reviews, among_labels=True)
+  result = run_on()
+  lines = [json.loads(line) for line in
+           (tmp_path / 'run' / 'metrics.jsonl').read_text('utf-8').splitlines()]
+  steps = [line for line in lines if line['split'] == 'train']
+  assert {line['tokens'] for line in steps} == {8.0}
+  assert steps[0]['loss'] < 3 * np.log(2) and steps[-1]['loss'] < steps[0]['loss']
+  assert prompt_file.load(result['prompt']).metadata['labels'] == ['film', 'song']
+  with pytest.raises(ValueError, match='holds another run: among_labels was'):
+    trained(tmp_path / 'run', tiny_base, file)
+
+
 @pytest.mark.slow
 def test_a_run_on_few_examples(tmp_path, tiny_base, reviews):
   options = {'train_subset': subsets.FewShot(2), 'eval_subset': subsets.LowData(5)}

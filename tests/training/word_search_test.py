@@ -212,8 +212,7 @@ def test_labels_are_measured_among_themselves(tiny_base, reviews, token_dir, tmp
   recipe, state, _ = searching(FirstOrder(4))
   given, labels = batch(3), np.array([7, 11, 30])
   given['decoder_target_tokens'][:, 0] = labels[[0, 1, 2, 1]]
-  recipe = dataclasses.replace(recipe, optimizer=dataclasses.replace(
-      recipe.optimizer, choices=labels[:, None]))
+  recipe = dataclasses.replace(recipe, choices=tuple((int(label),) for label in labels))
   params = {**base_of('t5').params, **state.trainable}
   first = prompted_model.logits(recipe.model, params, given)[:, 0, labels]
   exact = -jax.nn.log_softmax(first)[jnp.arange(4), jnp.array([0, 1, 2, 1])]
@@ -240,8 +239,7 @@ def test_labels_are_measured_among_themselves(tiny_base, reviews, token_dir, tmp
   assert after < before
   with pytest.raises(ValueError, match='Labels need first pieces of their own, got bad, good'):
     run.train(TextFile(str(reviews)), {'inputs': 24, 'targets': 8}, str(tmp_path), str(tiny_base),
-              dataclasses.replace(RUNS['autoprompt'], among_labels=True), optimizers.adafactor(), 1,
-              8)
+              RUNS['autoprompt'], optimizers.adafactor(), 1, 8, among_labels=True)
 
 
 def test_labels_are_told_apart_behind_what_targets_begin_with(bart_file, bert_file):
