@@ -57,8 +57,7 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
           max_eval_examples: int | None = None, rank_labels: bool = True,
           among_labels: bool = False, metric: str | None = None, patience: int = 0,
           partitioner: Partitioner = Partitioner(), cache_dir: str | None = None,
-          config_text: str | None = None, inspect: bool = True,
-          steps: Callable[[loop.Training], Any] = loop.alone) -> Any:
+          config_text: str | None = None, inspect: bool = True, steps: Callable = loop.alone) -> Any:
   """Trains, evaluates and saves; resumes where MODEL_DIR left off.
 
   Args:
@@ -76,8 +75,7 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
     parameter_dtype: of the frozen base; what trains is float32. execution: how layers are run.
     num_microbatches: parts that a batch is gone through in, where memory is short.
     rank_labels: the most probable label is the answer; False decodes, as Lester et al. evaluate.
-    among_labels: the loss is that of the label among the task's labels, as PET and WARP have it;
-      False is that of the target among all texts, T5's.
+    among_labels: a loss of the label among the task's (WARP's), not of the target among all texts.
     metric: chooses the best and, after `patience` evaluations without a better one, ends training;
       by default the task's first, or `loss`. config_text: kept as MODEL_DIR/config.gin.
     inspect: write MODEL_DIR/report.html as well (`analysis.html_report`).
