@@ -57,7 +57,8 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
           max_eval_examples: int | None = None, rank_labels: bool = True,
           among_labels: bool = False, metric: str | None = None, patience: int = 0,
           partitioner: Partitioner = Partitioner(), cache_dir: str | None = None,
-          config_text: str | None = None, inspect: bool = True, steps: Callable = loop.alone) -> Any:
+          config_text: str | None = None, inspect: bool = True,
+          steps: Callable = loop.alone) -> Any:
   """Trains, evaluates and saves; resumes where MODEL_DIR left off.
 
   Args:
