@@ -58,7 +58,7 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
           among_labels: bool = False, metric: str | None = None, patience: int = 0,
           partitioner: Partitioner = Partitioner(), cache_dir: str | None = None,
           config_text: str | None = None, inspect: bool = True,
-          steps: Callable = loop.alone) -> Any:
+          steps: Callable[[loop.Training], Any] = loop.alone) -> Any:
   """Trains, evaluates and saves; resumes where MODEL_DIR left off.
 
   Args:
@@ -83,8 +83,7 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
     steps: takes the steps (`training.population` those of several runs together).
 
   Of several processes all compute, and the first one writes; MODEL_DIR is a folder that all reach.
-  Returns MODEL_DIR/report.json, {} in processes but the first; raises ValueError where what is
-  given does not fit, or on NaN.
+  Returns MODEL_DIR/report.json, {} in others; raises ValueError for what does not fit, or on NaN.
   """
   _check(task_feature_lengths, model_dir, dropout_rate, train_steps=(train_steps, 0),
          batch_size=(batch_size, 1), num_microbatches=(num_microbatches, 1))
