@@ -97,6 +97,7 @@ def bert_words(reviews, bert_file):
   return np.bincount(np.concatenate(Vocabulary(str(bert_file)).encode_many(lines)), minlength=128)
 
 
+@pytest.mark.slow
 def test_a_bert_has_word_vectors_and_frequencies_and_keeps_the_rest(started, bert_file, reviews):
   config = BertConfig(vocab_size=128, emb_dim=8, num_heads=2, num_encoder_layers=1, head_dim=4,
                       mlp_dim=16, max_positions=32)

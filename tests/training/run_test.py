@@ -335,6 +335,7 @@ def test_labels_are_decoded_on_request(finished, tmp_path, tiny_base, reviews, c
   assert 'accuracy' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_labels_are_trained_to_be_ranked_on_request(tmp_path, tiny_base, reviews):
   """One token an example counts, and among labels a start is near log 2 and soon below it."""
   file = tmp_path / 'words.jsonl'
