@@ -97,7 +97,7 @@ class Ours:
     self.folder, self.flags = folder, flags
     self.cache_dir = folder / 'tokens'
     self.task = TextFile(str(folder / FILES['train']), str(folder / FILES['validation']))
-    self.vocabulary = Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
+    self.vocabulary = Vocabulary.of_base(base)
     method = methods.PromptTuning(flags.prompt_length)
     config = dataclasses.replace(base.config, dropout_rate=0.1)
     self.model = method.model(config)
@@ -322,7 +322,7 @@ def measure(flags: argparse.Namespace, folder: pathlib.Path) -> Iterator[dict]:
   read_rows(folder / 'few', flags.fixed_rows, flags.fixed_rows)
   base = base_checkpoint.random_base(launch.network_named(flags.network), flags.vocabulary)
   prompt = np.asarray(base.embedding[:flags.prompt_length], np.float32)
-  words = Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
+  words = Vocabulary.of_base(base)
   flags.label_tokens = 1 + max(len(words.encode(label)) for label in ('negative', 'positive'))
   ours, theirs = Ours(base, prompt, folder, flags), Peft(base, prompt, folder, flags)
   losses = check_same_work(ours, theirs)

@@ -127,10 +127,7 @@ def rows_to_prompt_embeds(flags, prompt, base) -> None:
   from prompt_tuning_jax.checkpoints import prompt_file
   from prompt_tuning_jax.data.vocabulary import Vocabulary
   from prompt_tuning_jax.prompts.virtual_tokens import VirtualTokens
-  if base.vocabulary is None:
-    raise ValueError(f'The base {flags.base} brings no vocabulary: give its file with '
-                     '--vocabulary.')
-  vocabulary = Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
+  vocabulary = Vocabulary.of_base(base)
   texts = prompted_base.PromptedBase(None, base.params, vocabulary, prompt.metadata)
   table, rows = np.asarray(base.embedding), prompt.params[prompt_file.EMBEDDING]
   virtual = VirtualTokens(len(table), len(rows), prompt.metadata.get('placement') or 'before')

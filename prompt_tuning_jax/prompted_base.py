@@ -114,9 +114,7 @@ def load(base: str, prompt: str | None = None, *, prompts: str | Mapping[str, st
   loaded = base_checkpoint.load_base(base, config=network, vocabulary_file=vocabulary_file,
                                      dtype=parameter_dtype or dtype,
                                      sharding_for=partitioner.sharding_for(logical_axes))
-  if loaded.vocabulary is None:
-    raise ValueError(f'The base {base} brings no vocabulary: give its file with --vocabulary.')
-  vocabulary = Vocabulary(loaded.vocabulary.file, loaded.vocabulary.extra_ids)
+  vocabulary = Vocabulary.of_base(loaded)
   config = dataclasses.replace(loaded.config, dtype=dtype)
   modules, virtual, params, metadata = {}, None, loaded.params, {}
   if file:

@@ -97,9 +97,7 @@ def engine(flags):
   network = launch.network_named(flags.network) if flags.network else None
   base = base_checkpoint.load_base(flags.base, config=network, vocabulary_file=flags.vocabulary,
                                    dtype=flags.parameter_dtype or flags.dtype)
-  if base.vocabulary is None:
-    raise ValueError(f'The base {flags.base} brings no vocabulary: give its file with '
-                     '--vocabulary.')
+  vocabulary = Vocabulary.of_base(base)
   watched = PromptFolder(folder, files, reserved=base.name)
   bank = PromptBank(base)
   changes = watched.changes(bank, settings.max_input_length, settings.max_decode_length)
@@ -107,8 +105,7 @@ def engine(flags):
     if why := changes.refused.get(name):
       raise ValueError(why if path in why else f'{path}: {why}')
   config = dataclasses.replace(base.config, dtype=flags.dtype)
-  return Engine(PromptedModel(config.network()), base.params,
-                Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids),
+  return Engine(PromptedModel(config.network()), base.params, vocabulary,
                 bank.replaced(changes.added), settings, watched)
 
 

@@ -125,10 +125,7 @@ def words(flags, prompts) -> None:
   network = launch.network_named(flags.network) if flags.network else None
   base = base_checkpoint.load_base(flags.words, config=network, vocabulary_file=flags.vocabulary,
                                    dtype=None)
-  if base.vocabulary is None:
-    raise ValueError(f'The base {flags.words} brings no vocabulary: give its SentencePiece file '
-                     'with --vocabulary.')
-  vocabulary = Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
+  vocabulary = Vocabulary.of_base(base)
   table = base.embedding[:vocabulary.size]  # the rows behind it stand for no word
   for prompt in prompts:
     prompt_file.check(prompt_file.PromptFile({prompt_file.EMBEDDING: prompt.embedding},

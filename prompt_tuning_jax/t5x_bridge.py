@@ -55,18 +55,11 @@ def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def open_base(base: str, network: Any = None, vocabulary: str | None = None) -> Base:
   """The base and its vocabulary, its leaves still in the checkpoint; ValueError if not for T5X."""
   opened = base_checkpoint.open_base(base, config=network, vocabulary_file=vocabulary)
-  if opened.vocabulary is None:
-    raise ValueError(f'The base {base} brings no vocabulary: give its file with --gin.VOCABULARY, '
-                     'in quotes, or --gin_file=vocabulary/t5.gin.')
-  if any(map(words_of(opened).begins, ('inputs', 'targets'))) or opened.config.is_masked_lm:
+  words = Vocabulary.of_base(opened, '--gin.VOCABULARY, in quotes, or --gin_file=vocabulary/t5.gin')
+  if any(map(words.begins, ('inputs', 'targets'))) or opened.config.is_masked_lm:
     raise ValueError("Under T5X bases are T5s and decoder-only networks, without BART's or BERT's "
                      f'vocabulary: {base} is for our own trainer, prompt_tuning_jax.train.')
   return opened
-
-
-def words_of(base: Base) -> Vocabulary:
-  """The vocabulary of a base."""
-  return Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
 
 
 def t5x_folder(base: str) -> str:
@@ -99,7 +92,7 @@ def task(name: str, base: str, network: Any = None, vocabulary: str | None = Non
 
   Returns its name; raises ValueError for a name, module or data that is not there.
   """
-  words = words_of(open_base(base, network, vocabulary)).as_seqio()
+  words = Vocabulary.of_base(open_base(base, network, vocabulary)).as_seqio()
   asked = SeqioTask(name, (module,) if module else ())
   asked.key_parts(asked.train_split)
   seqio_builder.import_tasks(asked.modules)
@@ -238,7 +231,7 @@ def model(base: str, method: Any = None, optimizer: optax.GradientTransformation
   modules, virtual, added = (
       _of_method(method, opened, config, seed) if method is not None else
       _of_file(prompt, opened, config) if prompt else ({}, None, {}))
-  words = words_of(opened).as_seqio()
+  words = Vocabulary.of_base(opened).as_seqio()
   return Model(
       Module(config.network(), **modules), words, words,
       Optimizer(optimizer or optax.set_to_zero()), decode_fn=decode_fn,
@@ -256,7 +249,7 @@ def _of_method(method: Any, base: Base, config: Any, seed: int) -> Parts:
                      'under T5X a prompt, a prefix or adapters train. Use prompt_tuning_jax.train.')
   made = method.model(config)
   modules = {name: getattr(made, name) for name in ADDED}
-  return modules, virtual, method.initial(jax.random.key(seed), base, words_of(base))
+  return modules, virtual, method.initial(jax.random.key(seed), base, Vocabulary.of_base(base))
 
 
 def _of_file(path: str, base: Base, config: Any) -> Parts:
@@ -392,7 +385,7 @@ def cached_batches(cfg: utils.DatasetConfig, shard_id: int, num_shards: int,
 
   Split, lengths, size and seed are those of `cfg`; SeqIO runs once, in a process of its own.
   """
-  words = words_of(open_base(base, network, vocabulary))
+  words = Vocabulary.of_base(open_base(base, network, vocabulary))
   cache = token_cache.open_or_build(SeqioTask(cfg.mixture_or_task_name), cfg.split, words,
                                     cfg.task_feature_lengths)
   return CachedBatches(batches.TrainBatches(

@@ -43,7 +43,7 @@ def _write(flags) -> None:
   from prompt_tuning_jax.networks.warm_start import warm_start
   base = base_checkpoint.random_base(
       launch.network_named(flags.network), flags.vocabulary, flags.seed)
-  words = Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
+  words = Vocabulary.of_base(base)
   config, params = base.config, param_paths.flatten(base.params)
 
   def texts():

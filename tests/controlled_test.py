@@ -41,7 +41,7 @@ def generated(base, prompts):
   """(a function from control to the texts of all inputs, a function from a name to its slot)."""
   bank = PromptBank(base, {name: prompt_file.load(path) for name, path
                            in prompt_file.in_folder(prompts).items()})
-  words = Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
+  words = Vocabulary.of_base(base)
   predictor = Predictor(PromptedModel(base.config.network()), words, None, 8, 6, bank=bank)
 
   def texts(control=None, own=None, decoding=DRAWN, inputs=INPUTS, numbers=None):
@@ -84,7 +84,7 @@ def test_weighted_tokens_are_those_of_the_sum_written_by_hand(base, generated):
              'decoder_target_tokens': np.ones((3, 6), np.int32)}
     log_p = jax.nn.log_softmax(logits(base.params, batch, added=bank.added(members)))[:, i]
     tokens.append(int(np.argmax(control.weights @ np.asarray(log_p))))
-  words = Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
+  words = Vocabulary.of_base(base)
   assert predictor_batch == [words.decode(tokens)]
 
 

@@ -86,7 +86,7 @@ def test_inputs_embeds_give_torch_our_encoder_states(tmp_path, base, tiny_base, 
   torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
   source = tmp_path / 'prompt.safetensors'
   prompt = make_prompt(source, base, placement=placement)
-  words = Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
+  words = Vocabulary.of_base(base)
   texts = [[*words.encode('a lovely film'), 1], [5, 9, 12, 33, 1], [7, 1]]
   rows = [{'inputs': 'a lovely film'}, *({'input_tokens': ids} for ids in texts[1:])]
   output = tmp_path / 'rows.safetensors'

@@ -51,7 +51,7 @@ def sections(path) -> list[str]:
 @pytest.mark.slow
 def test_a_report_has_words_others_and_attention_and_is_the_same_again(
     tmp_path, tiny_base, base, capsys):
-  words = Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
+  words = Vocabulary.of_base(base)
   ids = words.encode('lovely film')
   prompt = save(tmp_path / 'a.safetensors', base, {
       prompt_file.EMBEDDING: 9 * np.asarray(base.embedding)[ids]}, task='films', labels=['film'])

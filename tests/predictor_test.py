@@ -24,7 +24,7 @@ def loaded(bpe_file, bart_file, bert_file):
 
   def load(kind):
     base = base_checkpoint.random_base(CONFIGS[kind], str(files[kind]))
-    words = Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
+    words = Vocabulary.of_base(base)
     return base, words, Predictor(PromptedModel(base.config.network()), words, batch_size=4)
   return load
 

@@ -231,7 +231,7 @@ def test_wrong_flags_are_one_line(runs, base, tmp_path, capsys):
 
 
 def test_words_of_a_prompt_made_of_words_are_these(tmp_path, tiny_base, base, capsys):
-  words = Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
+  words = Vocabulary.of_base(base)
   ids = [*words.encode('lovely'), *words.encode('lovely film')]
   path = save(tmp_path / 'p.safetensors', base, 40 * np.asarray(base.embedding)[ids], task='films')
   assert verb.main([path, f'--words={tiny_base}', '--nearest=1']) == 0

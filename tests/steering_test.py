@@ -21,7 +21,7 @@ def found(tiny_base):
   Three of the targets are what the base writes from some vectors, so they can be recovered.
   """
   base = base_checkpoint.load_base(str(tiny_base))
-  words, table = Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids), base.embedding
+  words, table = Vocabulary.of_base(base), base.embedding
   model, inputs = PromptedModel(base.config.network()), [[1], [5, 6, 1], [1], [1]]
   made = lambda size: Steerer(model, base.params, words, SETTINGS, size)
   batch = steering.batch_of(base.config, 2, inputs, inputs)

@@ -57,7 +57,7 @@ def rows(reviews):
 
 
 def as_ids(rows, base) -> list[dict]:
-  words = Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
+  words = Vocabulary.of_base(base)
   return [{f'{name}_tokens': [*words.encode(row[f'{name}s']), 1] for name in ('input', 'target')}
           for row in rows]
 

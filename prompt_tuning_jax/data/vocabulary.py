@@ -15,6 +15,7 @@ import pathlib
 import struct
 import threading
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -64,6 +65,13 @@ class Vocabulary:
       raise ValueError(f'extra_ids must be 0 or more, got {self.extra_ids}.')
     if self.extra_ids and not can_have:
       raise ValueError(f'{self.file} has no sentinels: extra_ids must be 0, got {self.extra_ids}.')
+
+  @classmethod
+  def of_base(cls, base: Any, flag: str = '--vocabulary') -> 'Vocabulary':
+    """The vocabulary that a `Base` brings; ValueError, saying which flag gives one, without."""
+    if base.vocabulary is None:
+      raise ValueError(f'The base {base.name!r} brings no vocabulary: give its file with {flag}.')
+    return cls(base.vocabulary.file, base.vocabulary.extra_ids)
 
   @property
   def pad_id(self) -> int:

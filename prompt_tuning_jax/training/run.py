@@ -90,7 +90,7 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
   tasks = _checked(mixture.as_mixture(task))
   base = load_base(initial_checkpoint_path, network, vocabulary, parameter_dtype, partitioner, seed,
                    execution)
-  words, lengths = _vocabulary(base), dict(task_feature_lengths)
+  words, lengths = Vocabulary.of_base(base, '--gin.VOCABULARY'), dict(task_feature_lengths)
   opened = functools.partial(_caches, tasks, words, lengths, cache_dir)
   caches = opened('train_split', train_subset)
   choices = evaluate.ranked(caches, words, rank_labels) if among_labels else None
@@ -168,7 +168,7 @@ def evaluate_ensemble(files: Mapping[str, str], folder: pathlib.Path, *, task: A
   """
   tasks = check_ensemble(task)
   base = load_base(initial_checkpoint_path, network, vocabulary, parameter_dtype, partitioner, 0)
-  words, lengths = _vocabulary(base), dict(task_feature_lengths)
+  words, lengths = Vocabulary.of_base(base, '--gin.VOCABULARY'), dict(task_feature_lengths)
   bank = PromptBank(base, {name: prompt_file.load(path) for name, path in files.items()})
   caches = _caches(tasks, words, lengths, cache_dir, 'eval_split', eval_subset)
   config = dataclasses.replace(base.config, dtype=activation_dtype)
@@ -287,13 +287,6 @@ def _described(base: Base, tasks: mixture.Mixture, method: Any, words: Vocabular
           'vocabulary': words.sha256, 'batching': source.description,
           'metric': evaluator and evaluator.metric, 'evaluated': evaluator and evaluator.part,
           **settings}
-
-
-def _vocabulary(base: Base) -> Vocabulary:
-  if base.vocabulary is None:
-    raise ValueError(f'The base {base.name!r} brings no vocabulary: give its file with '
-                     '--gin.VOCABULARY=FILE.')
-  return Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
 
 
 def _split(base: Base, added: PyTree, method: Any) -> tuple[PyTree, PyTree]:

@@ -78,6 +78,16 @@ def test_pieces_of_bytes():
       '<pad>', '</s>', '<unk>', 'a', '<0xFF>', '<extra_id_0>']
 
 
+def test_vocabulary_of_a_base(small):
+  class Stub:
+    name, vocabulary = 'some', small
+
+  assert Vocabulary.of_base(Stub) == small
+  Stub.vocabulary = None
+  with pytest.raises(ValueError, match="'some' brings no vocabulary: .* with --gin.VOCABULARY"):
+    Vocabulary.of_base(Stub, '--gin.VOCABULARY')
+
+
 def test_trained_vocabulary_has_special_ids_and_round_trips(small):
   assert [small.piece(i) for i in range(3)] == ['<pad>', '</s>', '<unk>']
   assert small.decode(small.encode('red boat floats')) == 'red boat floats'

@@ -37,7 +37,7 @@ def accepted(base, request, shapes=SHAPES):
                            'end': PromptFile(rows(7), {'placement': 'end'}),
                            'numbers': PromptFile(rows(1), {'labels': [1, 2]})})
   served = Served(bank, types.SimpleNamespace(shapes=shapes))
-  vocabulary = Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
+  vocabulary = Vocabulary.of_base(base)
   accepts = Acceptance(vocabulary, 'base', 24)
   return accepts.rows(request, served, accepts.ids(request.inputs))
 

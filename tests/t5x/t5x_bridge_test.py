@@ -50,7 +50,7 @@ def decoder_only(tmp_path_factory, tiny) -> str:
 def saved(method, base: str, path: pathlib.Path, noise: float = 0.5) -> str:
   """A prompt file of this method with random numbers."""
   opened = t5x_bridge.open_base(base)
-  leaves = method.initial(jax.random.key(2), opened, t5x_bridge.words_of(opened))
+  leaves = method.initial(jax.random.key(2), opened, t5x_bridge.Vocabulary.of_base(opened))
   leaves = jax.tree.map(lambda leaf: leaf + noise * jax.random.normal(
       jax.random.key(3), leaf.shape), leaves)
   method.save(path / 'random', leaves, opened, {'task': 'reviews', 'labels': ['good', 'bad']})
@@ -94,7 +94,7 @@ def trained(tmp_path_factory, tiny, task, reviews):
             batching=functools.partial(batches.TrainBatches, buckets=batches.Buckets((), ())))
 
   def batches_of(cfg, shard, shards, converter):
-    words = t5x_bridge.words_of(t5x_bridge.open_base(tiny))
+    words = t5x_bridge.Vocabulary.of_base(t5x_bridge.open_base(tiny))
     cache = token_cache.open_or_build(rows, rows.train_split, words, LENGTHS)
     return t5x_bridge.CachedBatches(batches.TrainBatches(
         cache, cfg.batch_size, cfg.seed, converter.keywords['virtual'], batches.Buckets((), ())))

@@ -54,7 +54,7 @@ def test_a_run_its_file_and_its_resume(tmp_path, tiny_base, reviews, method, cap
 
 def test_a_start_from_words_is_what_the_base_has_for_them(tiny_base):
   base = base_checkpoint.load_base(str(tiny_base))
-  words = Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
+  words = Vocabulary.of_base(base)
   ids = np.resize(words.encode('a lovely film'), 5)
   started = {}
   for width in (None, 16):

@@ -31,7 +31,7 @@ def test_a_run_evaluates_and_saves_and_trains_nothing(tmp_path, tiny_base, revie
   file = prompt_file.load(result['prompt'])
   assert file.metadata['text'].startswith('good or bad ')
   base = base_checkpoint.load_base(str(tiny_base))
-  words = Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
+  words = Vocabulary.of_base(base)
   ids = np.asarray(words.encode(file.metadata['text']))
   np.testing.assert_array_equal(file.params['prompt/embedding'], np.asarray(base.embedding)[ids])
   # Law: the designed prompt is the text itself before the input.

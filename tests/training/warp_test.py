@@ -36,7 +36,7 @@ def test_a_run_changes_the_columns_of_labels_alone(tmp_path, tiny_base, coded, t
   file = prompt_file.load(result['prompt'])
   assert result['trainable_parameters'] == 2 * 8 + 8 * 2 and file.metadata['method'] == 'warp'
   base = base_checkpoint.load_base(str(tiny_base))
-  words = Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
+  words = Vocabulary.of_base(base)
   columns = sorted(words.encode(label)[0] for label in ('warm', 'dull'))
   loaded = prompted_base.load(str(tiny_base), result['prompt'])
   before, after = map(param_paths.flatten, (base.params, loaded.params))

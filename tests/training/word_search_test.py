@@ -180,7 +180,7 @@ def test_a_run_of_each(tmp_path, tiny_base, reviews, token_dir, name, capsys):
   # The prompt is text.
   best = prompt_file.load(result['prompt'])
   base = base_checkpoint.load_base(str(tiny_base))
-  vocabulary = Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
+  vocabulary = Vocabulary.of_base(base)
   tokens, about = best.metadata['tokens'], best.metadata
   assert set(tokens) <= set(words(vocabulary).tolist()) and about['method'] == 'discrete_prompt'
   assert about['text'] == vocabulary.decode(tokens) and len(tokens) == RUNS[name].length
@@ -252,7 +252,7 @@ def test_labels_are_told_apart_behind_what_targets_begin_with(bart_file, bert_fi
 
 def test_the_words_of_a_vocabulary_are_text(tiny_base, bpe_file):
   base = base_checkpoint.load_base(str(tiny_base))
-  pieces = Vocabulary(base.vocabulary.file, base.vocabulary.extra_ids)
+  pieces = Vocabulary.of_base(base)
   found = words(pieces)
   assert min(found) > 2 and max(found) < pieces.size - pieces.extra_ids
   assert all(pieces.piece(int(i)).strip('▁').isprintable() for i in found)
