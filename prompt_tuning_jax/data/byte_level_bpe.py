@@ -7,56 +7,22 @@ BART's texts are whole, and get no space. Ids are the tokenizer's + 1, since 0 i
 package.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 
-from prompt_tuning_jax.data.tokenizer import encoded, file_of, loaded
+from prompt_tuning_jax.data.tokenizer import TokenizerVocabulary, file_of, loaded
 from prompt_tuning_jax.tokenizer_file import SHIFT
 
 PAD = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class ByteLevelBPE:
-  """A vocabulary (`data.vocabulary`) of a tokenizer.json, or of a vocab.json with merges.txt.
-
-  Raises ValueError, when first used, where a file is missing or of another kind, and where the
-  tokenizers library is not installed.
-  """
-
-  file: str
-
-  @property
-  def eos_id(self) -> int:
-    return file_of(self.file).end_id
+class ByteLevelBPE(TokenizerVocabulary):
+  """Of a tokenizer.json, or of a vocab.json with merges.txt."""
 
   @property
   def unk_id(self) -> int:
     """The end of text, as in Hugging Face: bytes leave nothing unknown."""
     return self.eos_id
-
-  @property
-  def mask_id(self) -> int | None:
-    return file_of(self.file).mask_id
-
-  @property
-  def begins(self) -> dict[str, tuple[int, ...]]:
-    return file_of(self.file).begins
-
-  @property
-  def size(self) -> int:
-    return file_of(self.file).size
-
-  @property
-  def sha256(self) -> str:
-    return file_of(self.file).sha256
-
-  def encode(self, text: str) -> list[int]:
-    return self.encode_many([text])[0]
-
-  def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-    return encoded(self.file, texts)
 
   def decode(self, ids: Sequence[int]) -> str:
     """ids: without the end of text. Padding and ids beyond the vocabulary are left out."""

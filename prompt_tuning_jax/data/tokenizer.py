@@ -3,6 +3,7 @@
 What a text is to GPT-2 and BART is in `data.byte_level_bpe`, to BERT in `data.word_piece`.
 """
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -14,13 +15,6 @@ from prompt_tuning_jax.tokenizer_file import TokenizerFile
 @functools.lru_cache(maxsize=8)
 def file_of(file: str) -> TokenizerFile:
   return TokenizerFile(file)
-
-
-def encoded(file: str, texts: Sequence[str]) -> list[list[int]]:
-  """The ids, in this package, of each text alone, without what texts begin and end with."""
-  shift = file_of(file).shift
-  encodings = loaded(file).encode_batch_fast(list(texts), add_special_tokens=False)
-  return [[i + shift for i in encoding.ids] for encoding in encodings]
 
 
 def library(what: str):
@@ -51,3 +45,43 @@ def loaded(file: str):
   except Exception as error:  # Its errors have no class of their own.
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise ValueError(f'{file} is no tokenizer: {reason}.') from None
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerVocabulary:
+  """What the vocabularies (`data.vocabulary`) of such files share.
+
+  Raises ValueError, when first used, where the file is missing or of another kind, and where the
+  tokenizers library is not installed.
+  """
+
+  file: str
+
+  @property
+  def eos_id(self) -> int:
+    return file_of(self.file).end_id
+
+  @property
+  def mask_id(self) -> int | None:
+    return file_of(self.file).mask_id
+
+  @property
+  def begins(self) -> dict[str, tuple[int, ...]]:
+    return file_of(self.file).begins
+
+  @property
+  def size(self) -> int:
+    return file_of(self.file).size
+
+  @property
+  def sha256(self) -> str:
+    return file_of(self.file).sha256
+
+  def encode(self, text: str) -> list[int]:
+    return self.encode_many([text])[0]
+
+  def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+    """The ids, in this package, of each text alone, without what texts begin and end with."""
+    shift = file_of(self.file).shift
+    encodings = loaded(self.file).encode_batch_fast(list(texts), add_special_tokens=False)
+    return [[i + shift for i in encoding.ids] for encoding in encodings]

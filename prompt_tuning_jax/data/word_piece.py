@@ -4,53 +4,19 @@ Ids are the tokenizer's: [PAD] is 0. A text may hold special tokens, '[MASK]' an
 stand for themselves. Every input begins with [CLS], and every text ends with [SEP].
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 
 from prompt_tuning_jax import tokenizer_file
-from prompt_tuning_jax.data.tokenizer import encoded, file_of, loaded
+from prompt_tuning_jax.data.tokenizer import TokenizerVocabulary, file_of, loaded
 
 
-@dataclasses.dataclass(frozen=True)
-class WordPiece:
-  """A vocabulary (`data.vocabulary`) of a tokenizer.json or a vocab.txt.
-
-  Raises ValueError, when first used, where the file is missing or of another kind, and where the
-  tokenizers library is not installed.
-  """
-
-  file: str
-
-  @property
-  def eos_id(self) -> int:
-    return file_of(self.file).end_id
+class WordPiece(TokenizerVocabulary):
+  """Of a tokenizer.json or a vocab.txt."""
 
   @property
   def unk_id(self) -> int:
     return file_of(self.file).ids[tokenizer_file.BERT['unk_token']]
-
-  @property
-  def mask_id(self) -> int:
-    return file_of(self.file).mask_id
-
-  @property
-  def begins(self) -> dict[str, tuple[int, ...]]:
-    return file_of(self.file).begins
-
-  @property
-  def size(self) -> int:
-    return file_of(self.file).size
-
-  @property
-  def sha256(self) -> str:
-    return file_of(self.file).sha256
-
-  def encode(self, text: str) -> list[int]:
-    return self.encode_many([text])[0]
-
-  def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-    return encoded(self.file, texts)
 
   def decode(self, ids: Sequence[int]) -> str:
     """Words with a space between them, but none before '.' and the like; no special tokens."""
