@@ -1,5 +1,6 @@
 """A frozen network with the prompt it is given: loss, scores, predictions."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -109,31 +110,50 @@ def logits(model: PromptedModel, params: PyTree, batch: Batch,
       rngs=None if dropout_key is None else {'dropout': dropout_key})
 
 
+@dataclasses.dataclass(frozen=True)
+class Choices:
+  """A task's labels, for a loss of each label among them (what ranking asks for).
+
+  Attributes:
+    ids: of each label those up to the first that tells it apart, [C][K]. Before that stands what
+      every target begins with.
+    targets_too: the loss of the whole target is added; else it is left out.
+  """
+
+  ids: tuple[tuple[int, ...], ...]
+  targets_too: bool = False
+
+  def among(self, outputs: Array, batch: Batch) -> tuple[Array, Array]:
+    """(logits [B, S, V] of labels alone, weights [B, S] of the tokens that tell labels apart)."""
+    ids = jnp.array(self.ids, jnp.int32)
+    is_label = jnp.any(jnp.arange(outputs.shape[-1]) == ids[:, -1:], axis=0)
+    places = batch.get('decoder_positions', jnp.arange(outputs.shape[1]))
+    return (jnp.where(is_label, outputs, -1e9),
+            batch['decoder_loss_weights'] * (places == ids.shape[1] - 1))
+
+
 def loss(model: PromptedModel, params: PyTree, batch: Batch, dropout_key: Array | None = None,
-         z_loss: float = 0.0, label_smoothing: float = 0.0, choices: Array | None = None,
+         z_loss: float = 0.0, label_smoothing: float = 0.0, choices: Choices | None = None,
          ) -> tuple[Array, dict[str, Array]]:
   """What training lowers, and what is reported.
 
-  With `choices` [C, K], labels' ids up to the first that tells them apart, only the K-th token of
-  each target counts, and only beside these. Before it stands what every target begins with.
-
   Returns:
-    (mean loss per target token in nats, z-loss and label smoothing included;
-    {'loss': mean cross entropy alone, 'accuracy': share of tokens foretold, 'tokens': how many}),
-    all [] float32.
+    (mean loss per target token in nats, or per target with `choices`, z-loss and label smoothing
+    included; {'loss': mean cross entropy alone, 'accuracy': share of tokens (or labels) foretold,
+    'tokens': how many these are}), all [] float32.
   """
-  outputs = logits(model, params, batch, dropout_key)
-  targets, weights = batch['decoder_target_tokens'], batch['decoder_loss_weights']
+  outputs, targets = logits(model, params, batch, dropout_key), batch['decoder_target_tokens']
+  terms = [(outputs, batch['decoder_loss_weights'])]
   if choices is not None:
-    is_choice = jnp.any(jnp.arange(outputs.shape[-1]) == choices[:, -1:], axis=0)
-    outputs = jnp.where(is_choice, outputs, -1e9)
-    places = batch.get('decoder_positions', jnp.arange(targets.shape[1]))
-    weights = weights * (places == choices.shape[1] - 1)
+    terms = [*(terms if choices.targets_too else ()), choices.among(outputs, batch)]
+  outputs, weights = terms[-1]
   tokens = jnp.sum(weights)
-  mean = lambda values: jnp.sum(values * weights) / jnp.maximum(tokens, 1)
-  metrics = {'loss': mean(objectives.cross_entropy(outputs, targets)),
-             'accuracy': mean(jnp.argmax(outputs, axis=-1) == targets), 'tokens': tokens}
-  return mean(objectives.cross_entropy(outputs, targets, z_loss, label_smoothing)), metrics
+  mean = lambda values, weights: jnp.sum(values * weights) / jnp.maximum(tokens, 1)
+  cross_entropy = lambda *settings: sum(
+      mean(objectives.cross_entropy(each, targets, *settings), weights) for each, weights in terms)
+  metrics = {'loss': cross_entropy(), 'tokens': tokens,
+             'accuracy': mean(jnp.argmax(outputs, axis=-1) == targets, weights)}
+  return cross_entropy(z_loss, label_smoothing), metrics
 
 
 def log_likelihood(model: PromptedModel, params: PyTree, batch: Batch,

@@ -1,4 +1,6 @@
-"""Parts of a split: k examples of each class, or a small sample. Same seed, same examples."""
+"""Parts of a split: k examples of each class, a small sample (same seed, same examples), or the
+examples whose inputs are long.
+"""
 
 import collections
 import dataclasses
@@ -59,7 +61,28 @@ class LowData:
     return cache.take(np.sort(rng.permutation(cache.num_examples)[:self.size]))
 
 
-def _check(size: int, seed: int) -> None:
+@dataclasses.dataclass(frozen=True)
+class LongInputs:
+  """The examples whose inputs have at least `tokens` tokens, the end included.
+
+  SST-2 trains on phrases and evaluates on sentences, say: these are the ones nearest to sentences.
+  """
+
+  tokens: int
+
+  def __post_init__(self):
+    _check(self.tokens, 0, 'tokens')
+
+  def __call__(self, cache: TokenCache) -> TokenCache:
+    long = np.flatnonzero(cache.input_lengths >= self.tokens)
+    if not len(long):
+      raise ValueError(f'{cache.meta["task"]}, {cache.meta["split"]}, has no inputs of '
+                       f'{self.tokens} tokens or more: the longest has '
+                       f'{cache.input_lengths.max()}.')
+    return cache.take(long)
+
+
+def _check(size: int, seed: int, of: str = 'examples') -> None:
   if type(size) is not int or size < 1 or type(seed) is not int or seed < 0:
-    raise ValueError(f'Expected a whole number of examples from 1 and a seed from 0, got {size!r} '
+    raise ValueError(f'Expected a whole number of {of} from 1 and a seed from 0, got {size!r} '
                      f'and {seed!r}.')

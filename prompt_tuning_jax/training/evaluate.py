@@ -12,9 +12,11 @@ from prompt_tuning_jax.checkpoints import processes
 from prompt_tuning_jax.data.token_cache import TokenCache
 from prompt_tuning_jax.predictor import Predictor
 from prompt_tuning_jax.prompt_bank import PromptBank
+from prompt_tuning_jax.prompted_model import Choices
 from prompt_tuning_jax.training import ensemble
 from prompt_tuning_jax.types import PyTree
 
+LOSSES = ('targets', 'labels', 'both')
 SMALLER_IS_BETTER = ('loss', 'perplexity')
 
 
@@ -79,12 +81,18 @@ def first_pieces(caches: Sequence[TokenCache], vocabulary: Any,
   return ids
 
 
-def ranked(caches: Sequence[TokenCache], vocabulary: Any,
-           rank_labels: bool) -> tuple[tuple[int, ...], ...]:
-  """`first_pieces` for a loss among labels; ValueError where labels are not ranked afterwards."""
-  if not rank_labels:
-    raise ValueError('among_labels trains labels to be ranked: leave rank_labels True.')
-  return first_pieces(caches, vocabulary)
+def choices(loss: str, caches: Sequence[TokenCache], vocabulary: Any,
+            rank_labels: bool) -> Choices | None:
+  """What a loss needs: one of 'targets', 'labels' (among the task's), or 'both'.
+
+  Raises ValueError for others, and where labels are trained to be ranked and are not ranked.
+  """
+  if loss not in LOSSES:
+    raise ValueError(f'The loss must be one of {", ".join(LOSSES)}, got {loss!r}.')
+  if loss == 'labels' and not rank_labels:
+    raise ValueError("The loss 'labels' trains labels to be ranked: leave rank_labels True, or "
+                     "take 'both'.")
+  return None if loss == 'targets' else Choices(first_pieces(caches, vocabulary), loss == 'both')
 
 
 def evaluator(predictors: Sequence[Predictor], caches: Sequence[TokenCache],

@@ -55,7 +55,7 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
           eval_subset: Callable[[TokenCache], TokenCache] | None = None,
           num_microbatches: int = 1, eval_batch_size: int | None = None,
           max_eval_examples: int | None = None, rank_labels: bool = True,
-          among_labels: bool = False, metric: str | None = None, patience: int = 0,
+          loss: str = 'targets', metric: str | None = None, patience: int = 0,
           partitioner: Partitioner = Partitioner(), cache_dir: str | None = None,
           config_text: str | None = None, inspect: bool = True,
           steps: Callable[[loop.Training], Any] = loop.alone) -> Any:
@@ -76,7 +76,7 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
     parameter_dtype: of the frozen base; what trains is float32. execution: how layers are run.
     num_microbatches: parts that a batch is gone through in, where memory is short.
     rank_labels: the most probable label is the answer; False decodes, as Lester et al. evaluate.
-    among_labels: a loss of the label among the task's (WARP's), not of the target among all texts.
+    loss: of 'targets' among all texts, of 'labels' among the task's (as WARP's is), or of 'both'.
     metric: chooses the best and, after `patience` evaluations without a better one, ends training;
       by default the task's first, or `loss`. config_text: kept as MODEL_DIR/config.gin.
     inspect: write MODEL_DIR/report.html as well (`analysis.html_report`).
@@ -93,7 +93,7 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
   words, lengths = Vocabulary.of_base(base, '--gin.VOCABULARY'), dict(task_feature_lengths)
   opened = functools.partial(_caches, tasks, words, lengths, cache_dir)
   caches = opened('train_split', train_subset)
-  choices = evaluate.ranked(caches, words, rank_labels) if among_labels else None
+  choices = evaluate.choices(loss, caches, words, rank_labels)
   method = method.for_data(caches, base, words, seed)
   config = execution.applied(dataclasses.replace(
       base.config, dropout_rate=dropout_rate, dtype=activation_dtype), partitioner.mesh.size)
@@ -113,7 +113,7 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
   optimizer = getattr(method, 'search', optimizer)  # which may take its place
   state = _place(train_state.create(trainable, optimizer), partitioner)
   described = _described(base, tasks, method, words, source, evaluator, lengths=lengths,
-                         batch_size=batch_size, seed=seed, among_labels=among_labels)
+                         batch_size=batch_size, seed=seed, loss=loss)
   look = functools.partial(html_report.write_for_run, words, config.embedding) if inspect else None
   return steps(loop.Training(
       Recipe(model, optimizer, seed, z_loss, label_smoothing, num_microbatches, partitioner,

@@ -10,7 +10,7 @@ import optax
 
 from prompt_tuning_jax import param_paths, prompted_model
 from prompt_tuning_jax.partitioning import Partitioner
-from prompt_tuning_jax.prompted_model import PromptedModel
+from prompt_tuning_jax.prompted_model import Choices, PromptedModel
 from prompt_tuning_jax.prompts import weight_changes
 from prompt_tuning_jax.training.state import TrainState
 from prompt_tuning_jax.training.word_search import WordSearch
@@ -27,8 +27,8 @@ class Recipe:
   activations of one part are in memory at a time; the gradient is the whole batch's.
 
   `partitioner` says how the step is split over devices. With a `WordSearch` as the optimizer a step
-  is one of search over prompts of words. With `choices`, [C, K] ids of labels, the loss is measured
-  among these (`prompted_model.loss`).
+  is one of search over prompts of words. With `choices` the loss is, or holds, that of labels among
+  these (`prompted_model.loss`).
   """
 
   model: PromptedModel
@@ -38,16 +38,12 @@ class Recipe:
   label_smoothing: float = 0.0
   num_microbatches: int = 1
   partitioner: Partitioner = Partitioner()
-  choices: tuple[tuple[int, ...], ...] | None = None
+  choices: Choices | None = None
 
   @property
   def guided(self) -> bool:
     """Whether a step takes gradients; where it does not, they are zeros that cost nothing."""
     return not isinstance(self.optimizer, WordSearch) or self.optimizer.guided
-
-  @property
-  def _choices(self) -> Array | None:
-    return None if self.choices is None else jnp.array(self.choices, jnp.int32)
 
   def dropout_key(self, step: Array) -> Array:
     """The key of a step."""
@@ -61,7 +57,7 @@ class Recipe:
       trainable = trainable if self.guided else jax.lax.stop_gradient(trainable)
       params = weight_changes.combined(trainable, frozen)
       return prompted_model.loss(self.model, params, batch, dropout_key, self.z_loss,
-                                 self.label_smoothing, self._choices)
+                                 self.label_smoothing, self.choices)
 
     gradient = functools.partial(
         jax.grad(self.partitioner.rematerialized(loss), has_aux=True), trainable)
@@ -96,7 +92,7 @@ class Recipe:
     """What a step of search makes of (the trainable leaves, the search's state)."""
     def loss(trainable):  # The batch's, without dropout: prompts are compared.
       params = weight_changes.combined(trainable, frozen)
-      return prompted_model.loss(self.model, params, batch, choices=self._choices)[1]['loss']
+      return prompted_model.loss(self.model, params, batch, choices=self.choices)[1]['loss']
 
     table = param_paths.flatten(frozen)[self.model.network.config.embedding]
     key = jax.random.fold_in(self.dropout_key(state.step), 1)
@@ -106,7 +102,7 @@ class Recipe:
 def make_train_step(model: PromptedModel, optimizer: optax.GradientTransformation | WordSearch,
                     seed: int, z_loss: float = 0.0, label_smoothing: float = 0.0,
                     num_microbatches: int = 1, partitioner: Partitioner = Partitioner(),
-                    choices: tuple[tuple[int, ...], ...] | None = None,
+                    choices: Choices | None = None,
                     shardings: TrainState | None = None) -> Callable:
   """A compiled (state, frozen, batch) -> (state, metrics); `state` is donated.
 
@@ -114,8 +110,8 @@ def make_train_step(model: PromptedModel, optimizer: optax.GradientTransformatio
   leaves are an argument of the step, so they are neither differentiated, copied nor baked into the
   program.
 
-  Metrics are [] float32: loss (nats per target token), accuracy (teacher-forced), tokens,
-  grad_norm.
+  Metrics are [] float32: loss (nats per target token; per target with `choices`), accuracy
+  (teacher-forced), tokens, grad_norm.
   """
   recipe = Recipe(model, optimizer, seed, z_loss, label_smoothing, num_microbatches, partitioner,
                   choices)

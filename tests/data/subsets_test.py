@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.data import token_cache
-from prompt_tuning_jax.data.subsets import FewShot, LowData
+from prompt_tuning_jax.data.subsets import FewShot, LongInputs, LowData
 
 
 @pytest.fixture(params=[True, False], ids=['labels', 'text'])
@@ -69,3 +69,13 @@ def test_a_label_without_examples_is_told(cache):
     part = cache.take(np.array([i for i in range(90) if i % 4 != 1]))  # no 'yes'
     with pytest.raises(ValueError, match=r'fewer than 2 examples of: yes \(0\)'):
       FewShot(2)(part)
+
+
+def test_long_inputs(cache):
+  long = LongInputs(5)(cache)
+  assert firsts(long) == [i for i in range(90) if i % 5 >= 3]
+  assert min(long.input_lengths) == 5 and long.row(0)['inputs'] == 'i3'
+  with pytest.raises(ValueError, match='made, train, has no inputs of 7 tokens .*longest has 6'):
+    LongInputs(7)(cache)
+  with pytest.raises(ValueError, match='whole number of tokens from 1'):
+    LongInputs(0)

@@ -341,11 +341,11 @@ def test_labels_are_trained_to_be_ranked_on_request(tmp_path, tiny_base, reviews
   file = tmp_path / 'words.jsonl'
   file.write_text(reviews.read_text('utf-8').replace('"good"', '"song"').replace('"bad"', '"film"'),
                   encoding='utf-8')
-  run_on = functools.partial(trained, tmp_path / 'run', tiny_base, file, among_labels=True)
+  run_on = functools.partial(trained, tmp_path / 'run', tiny_base, file, loss='labels')
   with pytest.raises(ValueError, match='leave rank_labels True'):
     run_on(rank_labels=False)
   with pytest.raises(ValueError, match='Labels need first pieces of their own, got bad, good'):
-    trained(tmp_path / 'other', tiny_base, reviews, among_labels=True)
+    trained(tmp_path / 'other', tiny_base, reviews, loss='labels')
   result = run_on()
   lines = [json.loads(line) for line in
            (tmp_path / 'run' / 'metrics.jsonl').read_text('utf-8').splitlines()]
@@ -353,7 +353,7 @@ def test_labels_are_trained_to_be_ranked_on_request(tmp_path, tiny_base, reviews
   assert {line['tokens'] for line in steps} == {8.0}
   assert steps[0]['loss'] < 3 * np.log(2) and steps[-1]['loss'] < steps[0]['loss']
   assert prompt_file.load(result['prompt']).metadata['labels'] == ['film', 'song']
-  with pytest.raises(ValueError, match='holds another run: among_labels was'):
+  with pytest.raises(ValueError, match='holds another run: loss was'):
     trained(tmp_path / 'run', tiny_base, file)
 
 

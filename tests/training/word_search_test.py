@@ -17,6 +17,7 @@ from prompt_tuning_jax.checkpoints import base_checkpoint, prompt_file
 from prompt_tuning_jax.data.text_file import TextFile
 from prompt_tuning_jax.data.vocabulary import Vocabulary
 from prompt_tuning_jax.networks import gpt, t5
+from prompt_tuning_jax.prompted_model import Choices
 from prompt_tuning_jax.training import population, run, word_search
 from prompt_tuning_jax.training import state as train_state
 from prompt_tuning_jax.training.discrete_prompt import DiscretePrompt, words
@@ -212,11 +213,12 @@ def test_labels_are_measured_among_themselves(tiny_base, reviews, token_dir, tmp
   recipe, state, _ = searching(FirstOrder(4))
   given, labels = batch(3), np.array([7, 11, 30])
   given['decoder_target_tokens'][:, 0] = labels[[0, 1, 2, 1]]
-  recipe = dataclasses.replace(recipe, choices=tuple((int(label),) for label in labels))
+  choices = Choices(tuple((int(label),) for label in labels))
+  recipe = dataclasses.replace(recipe, choices=choices)
   params = {**base_of('t5').params, **state.trainable}
   first = prompted_model.logits(recipe.model, params, given)[:, 0, labels]
   exact = -jax.nn.log_softmax(first)[jnp.arange(4), jnp.array([0, 1, 2, 1])]
-  found, metrics = prompted_model.loss(recipe.model, params, given, choices=labels[:, None])
+  found, metrics = prompted_model.loss(recipe.model, params, given, choices=choices)
   np.testing.assert_allclose(found, jnp.mean(exact), rtol=1e-5)
   assert metrics['tokens'] == 4
   np.testing.assert_allclose(metrics['accuracy'], jnp.mean(jnp.argmax(first, -1) == jnp.array(
@@ -227,19 +229,25 @@ def test_labels_are_measured_among_themselves(tiny_base, reviews, token_dir, tmp
            'decoder_loss_weights': np.ones((4, 6), np.float32)}
   first = prompted_model.logits(recipe.model, params, begun)[:, 1, labels]
   exact = -jax.nn.log_softmax(first)[jnp.arange(4), jnp.array([0, 1, 2, 1])]
-  behind, metrics = prompted_model.loss(recipe.model, params, begun,
-                                        choices=np.insert(labels[:, None], 0, 3, 1))
+  choices_behind = Choices(tuple((3, int(label)) for label in labels))
+  behind, metrics = prompted_model.loss(recipe.model, params, begun, choices=choices_behind)
   np.testing.assert_allclose(behind, jnp.mean(exact), rtol=1e-5)
   assert metrics['tokens'] == 4
+  # Of both, each example's label among labels and its whole target count alike.
+  whole, count = prompted_model.loss(recipe.model, params, begun)
+  both, metrics = prompted_model.loss(recipe.model, params, begun, choices=dataclasses.replace(
+      choices_behind, targets_too=True))
+  np.testing.assert_allclose(both, behind + whole * count['tokens'] / 4, rtol=1e-5)
+  assert metrics['tokens'] == 4 and metrics['loss'] == both
   before, step = float(found), make_train_step(**vars(recipe))
   for _ in range(4):
     state, _ = step(state, base_of('t5').params, given)
   params = {**base_of('t5').params, **state.trainable}
-  after = prompted_model.loss(recipe.model, params, given, choices=labels[:, None])[0]
+  after = prompted_model.loss(recipe.model, params, given, choices=choices)[0]
   assert after < before
   with pytest.raises(ValueError, match='Labels need first pieces of their own, got bad, good'):
     run.train(TextFile(str(reviews)), {'inputs': 24, 'targets': 8}, str(tmp_path), str(tiny_base),
-              RUNS['autoprompt'], optimizers.adafactor(), 1, 8, among_labels=True)
+              RUNS['autoprompt'], optimizers.adafactor(), 1, 8, loss='labels')
 
 
 def test_labels_are_told_apart_behind_what_targets_begin_with(bart_file, bert_file):
