@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -64,17 +65,19 @@ def labels_of(rows: Sequence[Mapping[str, Any]]) -> list[str] | None:
 
 def first_pieces(caches: Sequence[TokenCache], vocabulary: Any,
                  ) -> tuple[tuple[int, ...], ...]:
-  """The ids of each label of a task up to its first piece, which tells which label it is.
+  """The ids of each label of a task up to the first piece that tells which label it is.
 
-  Before that piece stands what all targets begin with, such as BART's <s>: [C, K] ids, K from 1.
+  Before that piece stands what all targets begin with, such as BART's <s> or a sentinel: [C, K]
+  ids, K from 1.
 
-  Raises ValueError where there are several tasks, no labels, or labels that begin alike.
+  Raises ValueError where there are several tasks, no labels, or some labels that begin alike.
   """
   labels = labels_of(caches[0].rows) if len(caches) == 1 else None
   if not labels:
     raise ValueError('Expected one task whose targets are labels.')
-  begins = vocabulary.begins('targets')
-  ids = tuple((*begins, vocabulary.encode(label)[0]) for label in labels)
+  every = [vocabulary.framed(vocabulary.encode(label), 'targets') for label in labels]
+  most = len(os.path.commonprefix(every)) + 1
+  ids = tuple(tuple(label[:most]) for label in every)
   if len(set(ids)) < len(ids):
     raise ValueError(f'Labels need first pieces of their own, got {", ".join(labels)}: `python -m '
                      'prompt_tuning_jax.label_words` finds words for them.')
