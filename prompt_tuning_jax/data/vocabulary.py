@@ -155,10 +155,7 @@ class Vocabulary:
 
   @property
   def leading_spaces(self) -> int:
-    """How many of the spaces that a text's first pieces begin with `decode` leaves out.
-
-    SentencePiece keeps the space of an unknown word, and one that is a byte piece.
-    """
+    """How many of the spaces that a text's first pieces begin with `decode` leaves out."""
     return self._kind.leading_spaces
 
   def as_seqio(self):

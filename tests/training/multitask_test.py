@@ -102,6 +102,7 @@ def test_a_task_that_is_not_evaluated_has_no_score(tmp_path, tiny_base, two_task
   assert about['labels'] is None and list(about['tasks']) == ['colours']
 
 
+@pytest.mark.slow
 def test_one_task_is_no_mixture_and_another_way_another_run(tmp_path, tiny_base, two_tasks):
   with pytest.raises(ValueError, match='need a mixture of at least two'):
     trained(tmp_path / 'model', tiny_base, two_tasks.tasks[0], MultitaskPrompts(3))

@@ -84,6 +84,7 @@ GIVEN = [[batch(10 * k + i, length, 6 + k, 4 + i % 2) for i in range(8)]
          for k, length in enumerate((3, 5, 1, 3))]
 
 
+@pytest.mark.slow
 def test_each_member_is_trained_as_alone_and_their_order_does_not_matter():
   """Seeds, lengths, widths, learning rates and optimizers of their own; dropout 0."""
   alike = [alone(*each, given) for each, given in zip(MEMBERS, GIVEN, strict=True)]
