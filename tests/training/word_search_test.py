@@ -208,7 +208,7 @@ def test_a_run_of_each(tmp_path, tiny_base, reviews, token_dir, name, capsys):
 
 
 @pytest.mark.slow
-def test_labels_are_measured_among_themselves(tiny_base, reviews, token_dir, tmp_path):
+def test_labels_are_measured_among_themselves():
   """The loss is that of ranking first tokens, in a step as well."""
   recipe, state, _ = searching(FirstOrder(4))
   given, labels = batch(3), np.array([7, 11, 30])
