@@ -4,9 +4,10 @@
 
 Prompt tuning and prefix tuning of T5 with random, untied float32 weights; AdamW on what trains
 alone. Both sides stand in one process and take turns (A B A B …); a ratio is that of their median
-times. Where other programs run beside it, the clock is unfair to torch, whose threads wait for each
-other after every operation: the processor's time, which is recorded too, says more there. Peak
-memory is measured in processes of their own (`peak_memory.measured`).
+times. Ours splits a batch over a virtual device for each thread, which share one copy of the base
+(--devices=1: it takes one). Where other programs run beside it, the clock is unfair to torch, whose
+threads wait for each other after every operation: the processor's time, which is recorded too, says
+more there. Peak memory is measured in processes of their own (`peak_memory.measured`).
 
 What is compared with what:
 
@@ -123,7 +124,7 @@ def memory(method: str, flags: argparse.Namespace) -> dict:
   """Bytes of each run in a process of its own, and ours as a share of PEFT's."""
   settings = [f'--{name}={getattr(flags, name)}' for name in (
       'batch_size', 'input_length', 'prompt_length', 'target_length', 'dropout_rate',
-      'torch_attention')]
+      'torch_attention', 'devices')]
   found = {run: peak_memory.of_process(__file__, f'--networks={flags.network}', f'--alone={run}',
                                        f'--methods={method}', *settings)
            for run in METHODS[method][:2]}
@@ -184,11 +185,14 @@ def main():
   parser.add_argument('--torch_attention', default='sdpa', choices=('sdpa', 'eager'),
                       help="transformers' implementation; sdpa is its default")
   parser.add_argument('--repeats', type=int, default=7)
+  parser.add_argument('--devices', type=int, default=THREADS,
+                      help='virtual devices that ours splits a batch over')
   parser.add_argument('--alone', metavar='RUN', help='print the memory of this run alone')
   parser.add_argument('--output', type=pathlib.Path, metavar='FILE.json')
   flags = parser.parse_args()
   # JAX makes a thread for each core that it may use.
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-THREADS:])
+  jax.config.update('jax_num_cpu_devices', flags.devices)
   if flags.alone:
     flags.network, = flags.networks
     method, = flags.methods

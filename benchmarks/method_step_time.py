@@ -23,6 +23,8 @@ import peak_memory
 from turns import take_turns
 
 from prompt_tuning_jax import launch, optimizers, param_paths
+from prompt_tuning_jax.checkpoints import stored_leaf
+from prompt_tuning_jax.partitioning import Partitioner
 from prompt_tuning_jax.training import methods
 from prompt_tuning_jax.training import state as train_state
 from prompt_tuning_jax.training.step import make_train_step
@@ -40,16 +42,22 @@ def make_batch(rows: int, positions: int, targets: int, prompt: int, vocab_size:
 
 
 def prepare(method, optimizer, config, batch):
-  """A function that takes one step and waits for it."""
-  model = method.model(config)
+  """A function that takes one step, on all devices, and waits for it."""
+  model, partitioner = method.model(config), Partitioner()
   token, rng = jnp.ones((1, 1), jnp.int32), np.random.default_rng(0)
-  params = jax.tree.map(
-      lambda leaf: jnp.asarray(0.05 * rng.standard_normal(leaf.shape, np.float32)),
-      jax.eval_shape(functools.partial(model.init, enable_dropout=False), jax.random.key(0), token,
-                     token, token)['params'])
+
+  def weights(leaf):  # placed as those of a base that is loaded
+    values = stored_leaf.aligned_copy(0.05 * rng.standard_normal(leaf.shape, np.float32))
+    return jax.make_array_from_callback(leaf.shape, partitioner.replicated, values.__getitem__)
+
+  params = jax.tree.map(weights, jax.eval_shape(
+      functools.partial(model.init, enable_dropout=False), jax.random.key(0), token, token,
+      token)['params'])
   trainable, frozen = param_paths.split(params, method.trainable)
-  step = make_train_step(model, optimizer, seed=0, z_loss=1e-4)
-  held = [train_state.create(trainable, optimizer)]
+  step = make_train_step(model, optimizer, seed=0, z_loss=1e-4, partitioner=partitioner)
+  trainable = jax.tree.map(jnp.array, trainable)  # a copy: steps donate these
+  held = [partitioner.replicate(train_state.create(trainable, optimizer))]
+  batch = partitioner.put_batch(batch)
 
   def run():
     held[0], metrics = step(held[0], frozen, batch)

@@ -24,6 +24,7 @@ import numpy as np
 from flax.linen import partitioning
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from prompt_tuning_jax import host_memory
 from prompt_tuning_jax.types import PyTree
 
 # (logical axis, mesh axis), the first come first served; what is not named is replicated. T5X's.
@@ -99,6 +100,8 @@ class Partitioner:
     Without this their constraints do nothing. With `fully_sharded` it is they that gather a weight
     where it is used; `rematerialized` keeps the gathered one from waiting for the backward pass.
     """
+    host_memory.give_back_after_compilations()
+
     @functools.wraps(function)
     def constrained(*args, **kwargs):
       with (jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh),

@@ -1,7 +1,8 @@
-"""Run by tests with eight virtual devices: `python several_devices.py run|step < settings`.
+"""Run by tests with eight virtual devices: `python several_devices.py run|step|copies < settings`.
 
 `run` trains as each of the given command lines says, `step` compiles a training step for each of
-the given partitioners and tells what is in it. Settings and answers are JSON.
+the given partitioners and tells what is in it, `copies` loads each of the given bases and tells how
+often each of its leaves is in memory. Settings and answers are JSON.
 """
 
 import json
@@ -56,9 +57,15 @@ def compiled(partitioner: Partitioner) -> dict:
                     for path, leaf in param_paths.flatten(frozen).items()}}
 
 
+def copies(base: str) -> dict[str, int]:
+  """{path: how many buffers hold a leaf of a base that every device has whole}."""
+  params = run.load_base(base).params
+  return {path: len({shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards})
+          for path, leaf in param_paths.flatten(params).items()}
+
+
+VERBS = {'run': trained, 'step': lambda arguments: compiled(Partitioner(*arguments)),
+         'copies': copies}
+
 if __name__ == '__main__':
-  given = json.load(sys.stdin)
-  if sys.argv[1] == 'run':
-    print(json.dumps([trained(argv) for argv in given]))
-  else:
-    print(json.dumps([compiled(Partitioner(*arguments)) for arguments in given]))
+  print(json.dumps([VERBS[sys.argv[1]](each) for each in json.load(sys.stdin)]))

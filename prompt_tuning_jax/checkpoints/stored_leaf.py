@@ -14,6 +14,7 @@ from prompt_tuning_jax.networks import int8, layer_stack
 from prompt_tuning_jax.types import Array, DType, PyTree, Shape
 
 ShardingFor = Callable[[str, Shape], jax.sharding.Sharding]
+CPU_ALIGNMENT = 64  # bytes, XLA's
 FLOATS = ('float64', 'float32', 'float16', 'bfloat16')
 
 
@@ -164,14 +165,26 @@ def _load_leaf(leaf: StoredLeaf, sharding: jax.sharding.Sharding) -> jax.Array:
   def part(index: tuple[slice, ...]) -> np.ndarray:
     key = tuple((s.start, s.stop) for s in index)
     if key not in parts:
-      # Always a copy: an array on CPU may keep this memory, and the file must not stay mapped.
-      parts[key] = np.array(leaf.read(index), order='C')
+      # Always a copy: arrays on CPU keep this memory, and the file must not stay mapped.
+      parts[key] = aligned_copy(leaf.read(index))
       if not _is_finite(parts[key]):
         raise ValueError(f'it has values that are NaN or infinite in {leaf.dtype}')
     return parts[key]
 
   # Waiting frees the host's copy before the next leaf is read.
   return jax.make_array_from_callback(leaf.shape, sharding, part).block_until_ready()
+
+
+def aligned_copy(array: np.ndarray) -> np.ndarray:
+  """A copy in C order that all of a host's CPU devices can keep as it is, together.
+
+  JAX does not copy memory of this alignment to a CPU device, so replicas of a leaf are one.
+  """
+  memory = np.empty(array.nbytes + CPU_ALIGNMENT, np.uint8)
+  start = -memory.ctypes.data % CPU_ALIGNMENT
+  copy = memory[start:start + array.nbytes].view(array.dtype).reshape(array.shape)
+  copy[...] = array
+  return copy
 
 
 def _is_finite(array: np.ndarray) -> bool:

@@ -41,9 +41,10 @@ class Context:
   mask: Array | None
 
 
-def _logits(query: Array, key: Array, bias: Array | None, mask: Array | None) -> Array:
+def _logits(query: Array, key: Array, bias: Array | None, mask: Array | None,
+            keys: str = 'BNHS') -> Array:
   """query @ key + bias, far below all where masked: float32."""
-  logits = jnp.matmul(query, key, preferred_element_type=jnp.float32)
+  logits = jnp.einsum(f'BNTH,{keys}->BNTS', query, key, preferred_element_type=jnp.float32)
   if bias is not None:
     logits += bias.astype(jnp.float32)
   return logits if mask is None else jnp.where(mask, logits, masks.MASKED)
@@ -72,7 +73,7 @@ def attend(query: Array, key: Array, value: Array, bias: Array | None, mask: Arr
   if implementation != 'xla' and query.shape[2] > 1:
     return fused_attention.attend(implementation, query, *_joined(key, value, bias, mask, context))
   if context is None:
-    return _attend(query, key, value, bias, mask)
+    return _attend(query, key.swapaxes(-1, -2), value, bias, mask)
   own = key.shape[-1]
   made = weights(query, key, bias, mask, context).astype(query.dtype)
   return (jnp.matmul(made[..., :own], value)
@@ -121,7 +122,7 @@ def _joined(key: Array, value: Array, bias: Array | None, mask: Array | None,
 @jax.custom_vjp
 def _attend(query: Array, key: Array, value: Array, bias: Array | None,
             mask: Array | None) -> Array:
-  """`attend` without a context, with a derivative of its own.
+  """`attend` without a context, of keys [B, N, S, H], with a derivative of its own.
 
   Arrays [B, N, T, S] are the largest of a network, and to go through one once more takes time. So
   the sums of values are divided, not the weights, and the inner product that the derivative of a
@@ -132,7 +133,7 @@ def _attend(query: Array, key: Array, value: Array, bias: Array | None,
 
 def _attend_forward(query: Array, key: Array, value: Array, bias: Array | None,
                     mask: Array | None) -> tuple[Array, tuple[Array | None, ...]]:
-  logits = _logits(query, key, bias, mask)
+  logits = _logits(query, key, bias, mask, 'BNSH')
   largest = jnp.max(logits, axis=-1, keepdims=True, initial=masks.MASKED)  # there may be no keys
   weights = jnp.exp(logits - largest)
   share = 1 / jnp.sum(weights, axis=-1, keepdims=True)
@@ -151,15 +152,15 @@ def _attend_backward(kept: tuple[Array | None, ...], gradient: Array,
   of_weights = jnp.matmul(gradient, value.swapaxes(-1, -2), preferred_element_type=jnp.float32)
   of_logits = weights * (of_weights - inner)
   if mask is not None:  # A query that may see nothing has weights, but they depend on nothing.
-    of_logits = jnp.where(mask, of_logits, 0)
+    of_logits *= jnp.any(mask, axis=-1, keepdims=True)
   of_bias = None
   if bias is not None:
     shared = bias.shape[0] == 1
     of_bias = jnp.sum(of_logits, axis=0, keepdims=True) if shared else of_logits
     of_bias = of_bias.astype(bias.dtype)
   of_logits = of_logits.astype(query.dtype)
-  return (jnp.matmul(of_logits, key.swapaxes(-1, -2)),
-          jnp.matmul(query.swapaxes(-1, -2), of_logits),
+  return (jnp.matmul(of_logits, key),
+          jnp.matmul(of_logits.swapaxes(-1, -2), query),
           jnp.matmul(weights.swapaxes(-1, -2), gradient), of_bias, None)
 
 

@@ -107,6 +107,15 @@ def test_eight_devices_train_as_one_does(on_one_device, on_eight_devices, name):
   assert_alike(on_eight_devices / name, on_one_device[RUNS[name][0]])
 
 
+@pytest.mark.slow
+def test_virtual_devices_of_a_processor_share_one_copy_of_the_base(tiny_base):
+  done = subprocess.run([sys.executable, str(SCRIPT), 'copies'], input=json.dumps([str(tiny_base)]),
+                        text=True, capture_output=True, check=False)
+  assert done.returncode == 0, done.stderr
+  copies, = json.loads(done.stdout)
+  assert copies and set(copies.values()) == {1}, copies
+
+
 def in_two_processes(argv: list[str], second: tuple[str, ...] = ()) -> list[subprocess.Popen]:
   """`python -m prompt_tuning_jax.train` twice, with four devices each."""
   with socket.socket() as free:
