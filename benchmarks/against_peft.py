@@ -5,9 +5,10 @@
 Prompt tuning and prefix tuning of T5 with random, untied float32 weights; AdamW on what trains
 alone. Both sides stand in one process and take turns (A B A B …); a ratio is that of their median
 times. Ours splits a batch over a virtual device for each thread, which share one copy of the base
-(--devices=1: it takes one). Where other programs run beside it, the clock is unfair to torch, whose
-threads wait for each other after every operation: the processor's time, which is recorded too, says
-more there. Peak memory is measured in processes of their own (`peak_memory.measured`).
+(--devices=1: a single device takes it whole). Where other programs run beside it, the clock is
+unfair to torch, whose threads wait for each other after every operation: the processor's time,
+which is recorded too, says more there. Peak memory is measured in processes of their own
+(`peak_memory.measured`).
 
 What is compared with what:
 

@@ -4,7 +4,8 @@
 
 All sides stand in one process and take turns (A B C D A B …) on the same rows, in float32, with the
 same random weights of an untied T5, the same vocabulary, length of prompt, batch size, dropout and
-optimizer (Adafactor). A turn tokenises, trains an epoch and evaluates:
+optimizer (Adafactor). Ours splits a batch over --devices virtual devices, which share one copy of
+the base. A turn tokenises, trains an epoch and evaluates:
 
   ours        the token cache, batches in buckets, prefetch, the training step; evaluation by
               ranking the labels, as `train` does unless told otherwise
@@ -53,6 +54,7 @@ from prompt_tuning_jax.partitioning import Partitioner
 from prompt_tuning_jax.predictor import Predictor
 from prompt_tuning_jax.training import evaluate, methods
 from prompt_tuning_jax.training import state as train_state
+from prompt_tuning_jax.training.run import load_base
 from prompt_tuning_jax.training.step import make_train_step
 
 LENGTHS = {'inputs': 512, 'targets': 8}
@@ -105,7 +107,8 @@ class Ours:
     self.buckets, self.partitioner = (FIXED if fixed else None), Partitioner()
     self.trainable, self.frozen = {'prompt': {'embedding': prompt}}, base.params
     self.optimizer = optimizers.adafactor()
-    self.step = make_train_step(self.model, self.optimizer, seed=0, z_loss=0.0)
+    self.step = make_train_step(self.model, self.optimizer, seed=0, z_loss=0.0,
+                                partitioner=self.partitioner)
     self.predictor = Predictor(self.model, self.vocabulary, self.virtual, flags.batch_size,
                                flags.label_tokens, self.partitioner)
     self.tokenise(warm=True)
@@ -121,7 +124,8 @@ class Ours:
     """One epoch from the first prompt."""
     cache = self.caches['train']
     source = batches.TrainBatches([cache], self.flags.batch_size, 0, self.virtual, self.buckets)
-    state = train_state.create(jax.tree.map(jax.numpy.array, self.trainable), self.optimizer)
+    state = self.partitioner.replicate(train_state.create(
+        jax.tree.map(jax.numpy.array, self.trainable), self.optimizer))
     put = lambda step: self.partitioner.put_batch(source.batch_at(step))
     with Prefetch(put) as feed:
       for _ in range(cache.num_examples // self.flags.batch_size):
@@ -152,7 +156,7 @@ class Ours:
 class Peft:
   """PEFT's side, the same parts."""
 
-  def __init__(self, base: Base, prompt: np.ndarray, folder: pathlib.Path,
+  def __init__(self, base: pathlib.Path, prompt: np.ndarray, folder: pathlib.Path,
                flags: argparse.Namespace, fixed: bool = False):
     import peft
     import torch
@@ -160,10 +164,8 @@ class Peft:
     torch.set_num_threads(flags.threads)
     self.folder, self.flags, self.fixed, self.torch = folder, flags, fixed, torch
     self.transformers = transformers
-    base_checkpoint.write(folder / 'base', base.config, base.params, vocabulary=base.vocabulary,
-                          replace=True)
-    self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder / 'base')
-    network = transformers.T5ForConditionalGeneration.from_pretrained(folder / 'base')
+    self.tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    network = transformers.T5ForConditionalGeneration.from_pretrained(base)
     # One submodule: else PEFT makes a second prompt, for the decoder, that is never used.
     self.model = peft.get_peft_model(network, peft.PromptTuningConfig(
         task_type='SEQ_2_SEQ_LM', num_virtual_tokens=len(prompt), num_transformer_submodules=1))
@@ -320,15 +322,19 @@ def measure(flags: argparse.Namespace, folder: pathlib.Path) -> Iterator[dict]:
   (folder / 'few').mkdir()
   read_rows(folder, flags.rows, flags.eval_rows)
   read_rows(folder / 'few', flags.fixed_rows, flags.fixed_rows)
-  base = base_checkpoint.random_base(launch.network_named(flags.network), flags.vocabulary)
+  random = base_checkpoint.random_base(launch.network_named(flags.network), flags.vocabulary)
+  base_folder = folder / 'base'
+  base_checkpoint.write(base_folder, random.config, random.params, vocabulary=random.vocabulary)
+  del random
+  base = load_base(str(base_folder))
   prompt = np.asarray(base.embedding[:flags.prompt_length], np.float32)
   words = Vocabulary.of_base(base)
   flags.label_tokens = 1 + max(len(words.encode(label)) for label in ('negative', 'positive'))
-  ours, theirs = Ours(base, prompt, folder, flags), Peft(base, prompt, folder, flags)
+  ours, theirs = Ours(base, prompt, folder, flags), Peft(base_folder, prompt, folder, flags)
   losses = check_same_work(ours, theirs)
-  few = (base, prompt, folder / 'few', flags, True)
-  make = {'ours': lambda: ours, 'peft': lambda: theirs, 'ours_fixed': lambda: Ours(*few),
-          'peft_fixed': lambda: Peft(*few)}
+  few = (prompt, folder / 'few', flags, True)
+  make = {'ours': lambda: ours, 'peft': lambda: theirs, 'ours_fixed': lambda: Ours(base, *few),
+          'peft_fixed': lambda: Peft(base_folder, *few)}
   made = {name: make[name]() for name in flags.sides}
   sides = {name: {part: getattr(side, part) for part in ('tokenise', 'train', 'evaluate')}
            for name, side in made.items()}
@@ -363,13 +369,19 @@ def main():
                       help='ours and others (default: all)')
   parser.add_argument('--threads', type=int, default=2,
                       help='cores of JAX and torch alike; with 1, torch does not wait in circles')
+  parser.add_argument('--devices', type=int, metavar='N',
+                      help='virtual devices that ours splits a batch over (default: --threads)')
   parser.add_argument('--output', type=pathlib.Path, metavar='FILE.json')
   flags = parser.parse_args()
   flags.sides = [side for side in SIDES if side in ('ours', *flags.sides)]
   if flags.turns < 1 or min(flags.rows, flags.fixed_rows) < flags.batch_size:
     parser.error('a turn needs --rows and --fixed_rows of a batch at least, and --turns of 1')
+  flags.devices = flags.devices or flags.threads
+  if flags.batch_size % flags.devices:
+    parser.error('--devices must divide --batch_size')
   # JAX makes a thread for each core that it may use.
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-flags.threads:])
+  jax.config.update('jax_num_cpu_devices', flags.devices)
   settings = {name: value for name, value in vars(flags).items()
               if name not in ('output', 'vocabulary')}
   settings |= {'processor': platform.machine(),

@@ -211,7 +211,7 @@ def main():
   parser.add_argument('--sizes', nargs='+', default=SIZES, choices=SIZES)
   parser.add_argument('--output', default=str(OUTPUT))
   flags = parser.parse_args()
-  os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={DEVICES}'
+  os.environ['JAX_NUM_CPU_DEVICES'] = str(DEVICES)
   jax.config.update('jax_platforms', 'cpu')
   rows, counted = [], {}
   vectors = exchanged()

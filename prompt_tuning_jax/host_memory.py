@@ -20,6 +20,8 @@ def give_back_after_compilations() -> None:
   if trim is None:
     return
 
+  trim.argtypes = (ctypes.c_size_t,)
+
   def after(event: str, seconds: float, **_) -> None:
     if event == COMPILED and seconds >= LEAST_SECONDS:
       trim(0)

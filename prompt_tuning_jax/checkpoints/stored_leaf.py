@@ -120,8 +120,8 @@ def load(stored: Mapping[str, StoredLeaf], shapes: Mapping[str, Shape], where: s
 
   `dtype` None keeps each leaf's own; 'int8' makes `networks.int8.Quantized` of kernels and the
   embedding table, and float32 of the rest. `sharding_for(path, shape)` defaults to the first
-  device. With `scan_layers` each leaf of all layers is one. Only a few leaves are in host memory at
-  a time. Raises as `check` does, also for leaves whose bytes turn out to be damaged.
+  device. With `scan_layers` each leaf of all layers is one. An accelerator's leaves pass through
+  host memory a few at a time. Raises as `check` does, also for leaves whose bytes are damaged.
   """
   check(stored, shapes, where, name_of)
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -171,14 +171,15 @@ def _load_leaf(leaf: StoredLeaf, sharding: jax.sharding.Sharding) -> jax.Array:
         raise ValueError(f'it has values that are NaN or infinite in {leaf.dtype}')
     return parts[key]
 
-  # Waiting frees the host's copy before the next leaf is read.
+  # Waiting frees the host's copy, where the array is elsewhere, before the next leaf is read.
   return jax.make_array_from_callback(leaf.shape, sharding, part).block_until_ready()
 
 
 def aligned_copy(array: np.ndarray) -> np.ndarray:
   """A copy in C order that all of a host's CPU devices can keep as it is, together.
 
-  JAX does not copy memory of this alignment to a CPU device, so replicas of a leaf are one.
+  JAX does not copy memory of this alignment to a CPU device, so replicas of a leaf are one. Nobody
+  may write to it then.
   """
   memory = np.empty(array.nbytes + CPU_ALIGNMENT, np.uint8)
   start = -memory.ctypes.data % CPU_ALIGNMENT

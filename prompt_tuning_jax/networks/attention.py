@@ -1,7 +1,7 @@
 """Multi-head attention with an additive position bias; T5's does not scale the logits.
 
 Heads stand before positions (`[B, N, T, H]`), so that both products are plain batched matrix
-products; keys are kept as `[B, N, H, S]`.
+products; keys are kept as `[B, N, H, S]` for a step of decoding.
 """
 
 import flax.linen as nn
@@ -42,9 +42,9 @@ class Context:
 
 
 def _logits(query: Array, key: Array, bias: Array | None, mask: Array | None,
-            keys: str = 'BNHS') -> Array:
+            key_axes: str = 'BNHS') -> Array:
   """query @ key + bias, far below all where masked: float32."""
-  logits = jnp.einsum(f'BNTH,{keys}->BNTS', query, key, preferred_element_type=jnp.float32)
+  logits = jnp.einsum(f'BNTH,{key_axes}->BNTS', query, key, preferred_element_type=jnp.float32)
   if bias is not None:
     logits += bias.astype(jnp.float32)
   return logits if mask is None else jnp.where(mask, logits, masks.MASKED)
@@ -134,7 +134,7 @@ def _attend(query: Array, key: Array, value: Array, bias: Array | None,
 def _attend_forward(query: Array, key: Array, value: Array, bias: Array | None,
                     mask: Array | None) -> tuple[Array, tuple[Array | None, ...]]:
   logits = _logits(query, key, bias, mask, 'BNSH')
-  largest = jnp.max(logits, axis=-1, keepdims=True, initial=masks.MASKED)  # there may be no keys
+  largest = jnp.max(logits, axis=-1, keepdims=True, initial=masks.MASKED)  # of no keys
   weights = jnp.exp(logits - largest)
   share = 1 / jnp.sum(weights, axis=-1, keepdims=True)
   weights = weights.astype(query.dtype)
@@ -151,7 +151,8 @@ def _attend_backward(kept: tuple[Array | None, ...], gradient: Array,
   gradient = gradient.astype(query.dtype)
   of_weights = jnp.matmul(gradient, value.swapaxes(-1, -2), preferred_element_type=jnp.float32)
   of_logits = weights * (of_weights - inner)
-  if mask is not None:  # A query that may see nothing has weights, but they depend on nothing.
+  # A key that is masked has no weight, unless the query may see none: then nothing depends on them.
+  if mask is not None:
     of_logits *= jnp.any(mask, axis=-1, keepdims=True)
   of_bias = None
   if bias is not None:

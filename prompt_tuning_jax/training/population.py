@@ -173,7 +173,7 @@ def _named(name: str):
 
   def factory(*args, **kwargs):
     record = before(*args, **kwargs)
-    record.msg = f'{name}: {record.msg}'
+    record.msg, record.args = f'{name}: {record.getMessage()}', ()
     return record
 
   logging.setLogRecordFactory(factory)

@@ -119,6 +119,19 @@ def test_a_replicated_leaf_is_read_once_and_each_shard_reads_its_slice():
     assert len(read.asked) == reads
 
 
+@pytest.mark.parametrize('array', [
+    np.arange(12, dtype=np.float32).reshape(3, 4).T, np.zeros((0, 3), np.float32),
+    np.float32(2.5), jnp.arange(5, dtype=jnp.bfloat16)[::-1], np.arange(7, dtype=np.int8)[1::2],
+], ids=['transposed', 'empty', 'scalar', 'bfloat16', 'strided'])
+def test_aligned_copies_are_equal_and_lie_where_a_processor_keeps_them(array):
+  array = np.asarray(array)
+  copy = stored_leaf.aligned_copy(array)
+  assert (copy.dtype, copy.shape) == (array.dtype, array.shape) and copy.flags.c_contiguous
+  np.testing.assert_array_equal(copy, array)
+  assert copy.ctypes.data % stored_leaf.CPU_ALIGNMENT == 0 or not copy.size
+  assert not np.shares_memory(copy, array)
+
+
 def test_loaded_leaves_do_not_depend_on_the_file(folders, tmp_path):
   hf_safetensors.write(tmp_path / 'x', CONFIG, random_params())
   base = load_base(tmp_path / 'x')

@@ -64,7 +64,7 @@ def test_commands_on_eight_devices(method, tmp_path, tiny, reviews, surroundings
   environment = {
       **os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, [
           str(surroundings), os.environ.get('T5X_SOURCE')])),
-      'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'TF_CPP_MIN_LOG_LEVEL': '3'}
+      'JAX_NUM_CPU_DEVICES': '8', 'TF_CPP_MIN_LOG_LEVEL': '3'}
 
   def called(module, *argv):
     done = subprocess.run([sys.executable, '-m', module, *argv], env=environment, text=True,

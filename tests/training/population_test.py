@@ -227,12 +227,12 @@ def test_a_populations_files_are_those_of_single_runs_and_it_resumes_bit_for_bit
 @pytest.mark.slow
 @pytest.mark.usefixtures('token_dir')
 def test_a_diverged_member_is_reported_and_the_others_end(tmp_path, tiny_base, reviews, caplog):
-  given = {'wild': arguments(tmp_path / 'wild', tiny_base, reviews, rate=float('nan')),
+  given = {'wild, 10 %': arguments(tmp_path / 'wild', tiny_base, reviews, rate=float('nan')),
            'tame': arguments(tmp_path / 'tame', tiny_base, reviews)}
   outcomes = population.train(population.prepared(given))
-  assert isinstance(outcomes['wild'], loop.Diverged) and outcomes['tame']['steps'] == 8
+  assert isinstance(outcomes['wild, 10 %'], loop.Diverged) and outcomes['tame']['steps'] == 8
   assert not (tmp_path / 'wild' / 'report.json').exists()
-  assert any(record.message.startswith('wild: The loss or its gradient was not finite at step 0')
+  assert any(record.message.startswith('wild, 10 %: The loss or its gradient was not finite at step 0')
              for record in caplog.records)
 
 

@@ -24,6 +24,7 @@ RUNS = {  # name: (method, preset, further flags)
     'fsdp_tensor': ('prompt_tuning', 'fsdp_tensor', ('--gin.MODEL_PARALLELISM=4',)),
     'prefix_tensor': ('prefix_tuning', 'tensor', ()),
     'lora_fsdp_tensor': ('lora', 'fsdp_tensor', ()),
+    'all_data': ('model_tuning', 'data', ()),
     'all_fsdp': ('model_tuning', 'fsdp', ()),
 }
 
@@ -121,7 +122,7 @@ def in_two_processes(argv: list[str], second: tuple[str, ...] = ()) -> list[subp
   with socket.socket() as free:
     free.bind(('localhost', 0))
     address = f'localhost:{free.getsockname()[1]}'
-  environment = {**os.environ, 'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}
+  environment = {**os.environ, 'JAX_NUM_CPU_DEVICES': '4'}
   return [subprocess.Popen(
       [sys.executable, '-m', 'prompt_tuning_jax.train', *argv, *(second if i else ()),
        f'--coordinator_address={address}', '--num_processes=2', f'--process_id={i}'],
@@ -194,6 +195,6 @@ def test_a_base_that_devices_share_scores_alike(on_one_device, tmp_path, tiny_ba
         [sys.executable, '-m', 'prompt_tuning_jax.score', f'--base={tiny_base}',
          f'--prompt={prompt}', f'--input={tmp_path / "rows.jsonl"}', f'--output={output}',
          f'--model_parallelism={parallelism}'], check=True, env={
-             **os.environ, 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'})
+             **os.environ, 'JAX_NUM_CPU_DEVICES': str(devices)})
     scores.append([json.loads(line)['log_likelihood'] for line in open(output, encoding='utf-8')])
   assert scores[0] == pytest.approx(scores[1], rel=TOLERANCE)
