@@ -79,11 +79,11 @@ def test_a_report_has_words_others_and_attention_and_is_the_same_again(
       'Other prompts', 'Attention']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method, names, readings', [
     ('deep_prompt', {'deep'}, {'input', 'target'}),
-    pytest.param('prefix_tuning', {'prefix'}, {'input', 'target', 'target_to_target'},
-                 marks=pytest.mark.slow),
-    pytest.param('lora', {'others'}, set(), marks=pytest.mark.slow)])
+    ('prefix_tuning', {'prefix'}, {'input', 'target', 'target_to_target'}),
+    ('lora', {'others'}, set())])
 def test_a_run_of_any_method_can_be_looked_into(method, names, readings, tiny_base, reviews,
                                                 tmp_path, capsys):
   own = ['--gin.run.train.inspect=False'] if method == 'lora' else ['--gin.PROMPT_LENGTH=4']

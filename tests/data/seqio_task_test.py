@@ -85,6 +85,7 @@ def build(folder, name, split='train', max_examples=None, **kwargs):
   return token_cache.open_cache(folder)
 
 
+@pytest.mark.slow
 def test_another_process_builds_the_cache(tmp_path):
   task = SeqioTask('many', modules='tasks_for_this_test')
   cache = token_cache.open_or_build(task, 'train', BYTES, LENGTHS, tmp_path)

@@ -190,6 +190,7 @@ def test_bytes_at_random(post):
   assert len(statuses) >= 400 and statuses.count(400) >= 200
 
 
+@pytest.mark.slow
 def test_noise(post):
   noise = st.tuples(st.sampled_from(sorted(VALID)), st.binary(max_size=200)
                     | ANY.map(lambda value: json.dumps(value).encode('ascii')))

@@ -77,8 +77,8 @@ def test_a_length_that_cannot_be_is_one_line(length, capsys):
 
 
 @pytest.mark.parametrize(('method', 'dtype'), [
-    ('prompt_tuning', 'float32'), ('prefix_tuning', 'float32'), ('lora', 'float32'),
-    ('norm_scales', 'int8')])
+    ('prompt_tuning', 'float32'), *(pytest.param(*each, marks=pytest.mark.slow) for each in (
+        ('prefix_tuning', 'float32'), ('lora', 'float32'), ('norm_scales', 'int8')))])
 def test_a_run_has_the_sizes_that_were_told(method, dtype, tiny_base, reviews, tmp_path, token_dir,
                                             capsys):
   flags = ['--gin_file=run/prompt_tuning_text_file.gin', f'--gin_file=method/{method}.gin',

@@ -65,6 +65,7 @@ def test_a_model_that_is_tuned_scanned_is_written_by_layers(tmp_path, two_layers
   assert made.keys() == start.keys() and any('layers_1' in path for path in made)
 
 
+@pytest.mark.slow
 def test_a_prompt_of_a_base_in_eight_bits(tmp_path, two_layers, reviews, capsys):
   """It trains, belongs to the same base, and is evaluated in eight bits or in full."""
   prompt = trained(tmp_path / 'model', two_layers, reviews, methods.PromptTuning(length=4),

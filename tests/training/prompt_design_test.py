@@ -47,6 +47,7 @@ def test_a_run_evaluates_and_saves_and_trains_nothing(tmp_path, tiny_base, revie
     assert json.loads(capsys.readouterr().out)['accuracy'] == pytest.approx(result['best_value'])
 
 
+@pytest.mark.slow
 def test_the_runs_seed_draws_and_another_design_is_another_run(tmp_path, tiny_base, reviews):
   texts = set()
   for seed in range(3):

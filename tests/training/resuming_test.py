@@ -54,6 +54,7 @@ def small_disk(tmp_path):
 
 
 # With no room the metrics are the first to be refused, with more a prompt file, then a state.
+@pytest.mark.slow
 @pytest.mark.parametrize('kilobytes', [
     kilobytes if kilobytes == 8 else pytest.param(kilobytes, marks=pytest.mark.slow)
     for kilobytes in (0, 8, 24, 48)])

@@ -74,6 +74,7 @@ def test_what_a_run_cost_is_reported(finished, tiny_base, caplog):
   assert result['peak_bytes'] > result['bytes']['frozen']
 
 
+@pytest.mark.slow
 def test_a_step_is_compiled_once_from_the_start_and_when_resumed(
     tmp_path, tiny_base, reviews, monkeypatch):
   made, make = [], loop.make_train_step
@@ -135,6 +136,7 @@ def test_wrong_values_are_told_before_anything_trains(
   assert not list(tmp_path.glob('model/*'))
 
 
+@pytest.mark.slow
 def test_model_tuning_saves_a_base(tmp_path, tiny_base, reviews):
   before = base_checkpoint.load_base(str(tiny_base))
   result = trained(tmp_path, tiny_base, reviews, 4, method=methods.ModelTuning())

@@ -29,6 +29,7 @@ def coded(tmp_path_factory, reviews):
   return path
 
 
+@pytest.mark.slow
 def test_a_run_changes_the_columns_of_labels_alone(tmp_path, tiny_base, coded, token_dir, capsys):
   result = run.train(TextFile(str(coded)), {'inputs': 24, 'targets': 8}, str(tmp_path / 'run'),
                      str(tiny_base), Warp(2), optimizers.adafactor(), 6, 8, eval_period=3,
