@@ -232,8 +232,8 @@ def test_a_diverged_member_is_reported_and_the_others_end(tmp_path, tiny_base, r
   outcomes = population.train(population.prepared(given))
   assert isinstance(outcomes['wild, 10 %'], loop.Diverged) and outcomes['tame']['steps'] == 8
   assert not (tmp_path / 'wild' / 'report.json').exists()
-  assert any(record.message.startswith('wild, 10 %: The loss or its gradient was not finite at step 0')
-             for record in caplog.records)
+  said = 'wild, 10 %: The loss or its gradient was not finite at step 0'
+  assert any(record.message.startswith(said) for record in caplog.records)
 
 
 @pytest.mark.usefixtures('token_dir')
