@@ -86,7 +86,7 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
   Returns MODEL_DIR/report.json, {} in others; raises ValueError for what does not fit, or on NaN.
   """
   _check(task_feature_lengths, model_dir, dropout_rate, train_steps=(train_steps, 0),
-         batch_size=(batch_size, 1), num_microbatches=(num_microbatches, 1))
+         batch_size=(batch_size, 1), num_microbatches=(num_microbatches, 1), seed=(seed, 0))
   tasks = _checked(mixture.as_mixture(task))
   base = load_base(initial_checkpoint_path, network, vocabulary, parameter_dtype, partitioner, seed,
                    execution)
@@ -247,8 +247,8 @@ def _check(lengths: Mapping[str, int], model_dir: str, dropout_rate: float,
     raise ValueError("TASK_FEATURE_LENGTHS should be such as {'inputs': 512, 'targets': 32}, got "
                      f'{lengths!r}.')
   for name, (count, least) in counts.items():
-    if type(count) is not int or count < least:
-      raise ValueError(f'{name.upper()} should be a whole number of at least {least}, got '
+    if type(count) is not int or not least <= count < 2 ** 63:
+      raise ValueError(f'{name.upper()} should be a whole number from {least} to 2 ** 63 - 1, got '
                        f'{count!r}.')
   rows, parts = counts['batch_size'][0], counts['num_microbatches'][0]
   if rows % parts:

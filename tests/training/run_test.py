@@ -127,7 +127,8 @@ def test_another_optimizer_in_the_same_folder_is_refused(tmp_path, tiny_base, re
 
 @pytest.mark.parametrize('given, message', [
     ({'train_steps': 'ten'}, 'TRAIN_STEPS'), ({'batch_size': 0}, 'BATCH_SIZE'),
-    ({'dropout_rate': 1.5}, 'DROPOUT_RATE'), ({'metric': 'acuracy'}, 'Did you mean accuracy'),
+    ({'seed': -1}, 'SEED'), ({'seed': 2 ** 64}, 'SEED'), ({'dropout_rate': 1.5}, 'DROPOUT_RATE'),
+    ({'metric': 'acuracy'}, 'Did you mean accuracy'),
     ({'method': methods.PromptTuning(3, 'inside')}, 'placement')])
 def test_wrong_values_are_told_before_anything_trains(
     tmp_path, tiny_base, reviews, given, message):
