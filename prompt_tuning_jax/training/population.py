@@ -173,7 +173,8 @@ def _named(name: str):
 
   def factory(*args, **kwargs):
     record = before(*args, **kwargs)
-    record.msg, record.args = f'{name}: {record.getMessage()}', ()
+    shown = name.replace('%', '%%') if record.args else name
+    record.msg = f'{shown}: {record.msg}'
     return record
 
   logging.setLogRecordFactory(factory)
