@@ -333,8 +333,8 @@ def measure(flags: argparse.Namespace, folder: pathlib.Path) -> Iterator[dict]:
   ours, theirs = Ours(base, prompt, folder, flags), Peft(base_folder, prompt, folder, flags)
   losses = check_same_work(ours, theirs)
   few = (prompt, folder / 'few', flags, True)
-  make = {'ours': lambda: ours, 'peft': lambda: theirs, 'ours_fixed': lambda: Ours(base, *few),
-          'peft_fixed': lambda: Peft(base_folder, *few)}
+  make = {'ours': lambda: ours, 'ours_fixed': lambda: Ours(base, *few),
+          'peft': lambda: theirs, 'peft_fixed': lambda: Peft(base_folder, *few)}
   made = {name: make[name]() for name in flags.sides}
   sides = {name: {part: getattr(side, part) for part in ('tokenise', 'train', 'evaluate')}
            for name, side in made.items()}

@@ -78,8 +78,7 @@ def test_several_devices_answer_as_one_does(tmp_path, tiny_base, base, rows):
       for name, file in (('score', '2.jsonl'), ('infer', 'texts.jsonl')))
   done = subprocess.run(
       [sys.executable, '-c', code, *command], capture_output=True, text=True, check=False,
-      env={**os.environ, 'JAX_PLATFORMS': 'cpu',
-           'JAX_NUM_CPU_DEVICES': '2'})
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '2'})
   assert done.returncode == 0, done.stderr
   one, two = ([row['log_likelihood'] for row in read(tmp_path / f'{n}.jsonl')] for n in (1, 2))
   np.testing.assert_allclose(one, two, rtol=1e-5)

@@ -55,9 +55,7 @@ def small_disk(tmp_path):
 
 # With no room the metrics are the first to be refused, with more a prompt file, then a state.
 @pytest.mark.slow
-@pytest.mark.parametrize('kilobytes', [
-    kilobytes if kilobytes == 8 else pytest.param(kilobytes, marks=pytest.mark.slow)
-    for kilobytes in (0, 8, 24, 48)])
+@pytest.mark.parametrize('kilobytes', [0, 8, 24, 48])
 def test_a_full_disk_is_one_line_and_the_run_goes_on_after_it(
     undisturbed, small_disk, tiny_base, reviews, kilobytes):
   folder = small_disk / 'model'
