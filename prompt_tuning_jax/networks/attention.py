@@ -41,10 +41,9 @@ class Context:
   mask: Array | None
 
 
-def _logits(query: Array, key: Array, bias: Array | None, mask: Array | None,
-            key_axes: str = 'BNHS') -> Array:
+def _logits(query: Array, key: Array, bias: Array | None, mask: Array | None) -> Array:
   """query @ key + bias, far below all where masked: float32."""
-  logits = jnp.einsum(f'BNTH,{key_axes}->BNTS', query, key, preferred_element_type=jnp.float32)
+  logits = jnp.matmul(query, key, preferred_element_type=jnp.float32)
   if bias is not None:
     logits += bias.astype(jnp.float32)
   return logits if mask is None else jnp.where(mask, logits, masks.MASKED)
@@ -133,7 +132,7 @@ def _attend(query: Array, key: Array, value: Array, bias: Array | None,
 
 def _attend_forward(query: Array, key: Array, value: Array, bias: Array | None,
                     mask: Array | None) -> tuple[Array, tuple[Array | None, ...]]:
-  logits = _logits(query, key, bias, mask, 'BNSH')
+  logits = _logits(query, key.swapaxes(-1, -2), bias, mask)
   largest = jnp.max(logits, axis=-1, keepdims=True, initial=masks.MASKED)  # of no keys
   weights = jnp.exp(logits - largest)
   share = 1 / jnp.sum(weights, axis=-1, keepdims=True)
