@@ -34,7 +34,8 @@ class Buckets:
   No batch is wider than the task's lengths; () makes every batch that wide.
   """
 
-  inputs: Sequence[int] = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+  inputs: Sequence[int] = (
+      8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
   targets: Sequence[int] = (4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 
   def __post_init__(self):

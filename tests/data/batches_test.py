@@ -138,8 +138,8 @@ def test_the_prompt_stands_where_place_puts_it(placement, length):
 def test_a_text_without_tokens_is_the_prompt(placement):
   virtual = VirtualTokens(V, 3, placement)
   batch = batch_of([[], [9, 1]], [[4, 1], [1]], virtual)
-  assert batch['encoder_input_tokens'][0].tolist() == [V, V + 1, V + 2] + 16 * [0]
-  assert batch_of([[], []], [[1], [1]])['encoder_input_tokens'].tolist() == [16 * [0]] * 2
+  assert batch['encoder_input_tokens'][0].tolist() == [V, V + 1, V + 2] + 8 * [0]
+  assert batch_of([[], []], [[1], [1]])['encoder_input_tokens'].tolist() == [8 * [0]] * 2
 
 
 @pytest.mark.parametrize('rates', [None, (1, 2)])
