@@ -218,6 +218,8 @@ def main():
   flags.sides = [side for side in SIDES if side in ('ours', *flags.sides)]
   if flags.turns < 1 or min(flags.rows, flags.fixed_rows) < flags.batch_size:
     parser.error('a turn needs --rows and --fixed_rows of a batch at least, and --turns of 1')
+  if flags.eval_rows % flags.batch_size or flags.fixed_rows % flags.batch_size:
+    parser.error('--eval_rows and --fixed_rows must be whole batches: Trainer drops what is left')
   flags.devices = flags.devices or flags.threads
   if flags.batch_size % flags.devices:
     parser.error('--devices must divide --batch_size')

@@ -41,7 +41,10 @@ class TrainingStates:
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, create=True, cleanup_tmp_directories=True,
         enable_async_checkpointing=True,
-        async_options=ocp.AsyncOptions(post_finalization_callback=self._add_sums))
+        # Orbax tells its threads that a folder is there under a number that saves of several runs,
+        # at the same time in one process, would take from each other: folders are made at once.
+        async_options=ocp.AsyncOptions(post_finalization_callback=self._add_sums,
+                                       create_directories_asynchronously=False))
     try:
       self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers={
           'state': ocp.StandardCheckpointHandler(), 'records': ocp.JsonCheckpointHandler()})

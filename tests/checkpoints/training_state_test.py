@@ -149,3 +149,13 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(ValueError, match='file/states cannot be written: Not a directory'):
     TrainingStates(tmp_path / 'file' / 'states')
+
+
+def test_runs_of_one_process_save_at_the_same_time(tmp_path):
+  runs = [TrainingStates(tmp_path / str(i)) for i in range(4)]
+  for step in range(1, 11):
+    for run in runs:
+      run.save(step, state(step), {'at': step})
+  for i, run in enumerate(runs):
+    run.close()
+    assert_equal(resumed(tmp_path / str(i)), 10)
