@@ -32,7 +32,7 @@ from prompt_tuning_jax.training import loop, methods, report
 from prompt_tuning_jax.training import state as train_state
 from prompt_tuning_jax.training.step import make_train_step
 
-PROMPTS = {'mini': (20, 256), 't5_1_1_small': (100, 512), 't5_1_1_base': (100, 768),
+PROMPTS = {'mini': (20, 128), 't5_1_1_small': (100, 512), 't5_1_1_base': (100, 768),
            't5_1_1_xxl': (100, 4096)}
 
 # Times what `train` does, in a process of its own, until its first step is done.
