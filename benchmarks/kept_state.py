@@ -32,8 +32,7 @@ from prompt_tuning_jax.training import loop, methods, report
 from prompt_tuning_jax.training import state as train_state
 from prompt_tuning_jax.training.step import make_train_step
 
-PROMPTS = {'mini': (20, 128), 't5_1_1_small': (100, 512), 't5_1_1_base': (100, 768),
-           't5_1_1_xxl': (100, 4096)}
+PROMPTS = {'mini': 20, 't5_1_1_small': 100, 't5_1_1_base': 100, 't5_1_1_xxl': 100}  # lengths
 
 # Times what `train` does, in a process of its own, until its first step is done.
 START = """
@@ -94,7 +93,8 @@ def state_bytes(folder: pathlib.Path) -> list[dict]:
   """Bytes on the disk of one saved state, for each prompt and optimizer."""
   rows = []
   for optimizer in ('adafactor', 'adamw'):
-    for name, shape in PROMPTS.items():
+    for name, length in PROMPTS.items():
+      shape = length, launch.network_named(name).emb_dim
       rng = np.random.default_rng(1)
       leaves = {'prompt': {'embedding': jnp.asarray(rng.normal(size=shape), jnp.float32)}}
       state = updated(getattr(optimizers, optimizer)(), leaves)
