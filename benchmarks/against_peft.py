@@ -3,12 +3,12 @@
   python benchmarks/against_peft.py --output=benchmarks/against_peft.json
 
 Prompt tuning and prefix tuning of T5 with random, untied float32 weights; AdamW on what trains
-alone. Both sides stand in one process and take turns (A B A B …); a ratio is that of their median
-times. Ours splits a batch over a virtual device for each thread, which share one copy of the base
-(--devices=1: a single device takes it whole). Where other programs run beside it, the clock is
-unfair to torch, whose threads wait for each other after every operation: the processor's time,
-which is recorded too, says more there. Peak memory is measured in processes of their own
-(`peak_memory.measured`).
+alone. Each side has a process of its own, and they take turns (A B A B …); a ratio is that of
+their median times. Ours splits a batch over a virtual device for each thread, which share one copy
+of the base (--devices=1: a single device takes it whole). Where other programs run beside it, the
+clock is unfair to torch, whose threads wait for each other after every operation: the processor's
+time, which is recorded too, says more there. Peak memory is measured in other processes
+(`peak_memory.measured`). --huge_pages lets glibc ask for them, on every side.
 
 What is compared with what:
 
@@ -38,7 +38,7 @@ import numpy as np
 import peak_memory
 from method_step_time import make_batch, prepare
 from prediction import record
-from turns import compared
+from turns import Apart, compared, serve
 
 from prompt_tuning_jax import launch, optimizers
 from prompt_tuning_jax.training import methods, prefix_tuning
@@ -110,11 +110,22 @@ def step(method: str, run: str, flags: argparse.Namespace):
   return peft_step(method, flags) if run == 'peft' else our_step(method, run, flags)
 
 
+def alone(method: str, run: str, flags: argparse.Namespace) -> list[str]:
+  """The command of a process that makes this run alone."""
+  settings = [f'--{name}={getattr(flags, name)}' for name in (
+      'batch_size', 'input_length', 'prompt_length', 'target_length', 'dropout_rate',
+      'torch_attention', 'devices')]
+  return [__file__, f'--networks={flags.network}', f'--alone={run}', f'--methods={method}',
+          *settings]
+
+
 def times(method: str, flags: argparse.Namespace) -> dict:
   """Seconds of a step of each run and how many of ours fit into one of PEFT's."""
-  runs = {name: step(method, name, flags) for name in METHODS[method]}
+  runs = {name: Apart(*alone(method, name, flags), '--serve') for name in METHODS[method]}
   taken = compared(runs, {f'{name}_speedup': ('peft', name) for name in runs if name != 'peft'},
                    flags.repeats)
+  for run in runs.values():
+    run.close()
   seconds = taken['seconds']
   seconds['examples_per_second'] = {name: flags.batch_size / median
                                     for name, median in seconds['medians'].items()}
@@ -123,12 +134,7 @@ def times(method: str, flags: argparse.Namespace) -> dict:
 
 def memory(method: str, flags: argparse.Namespace) -> dict:
   """Bytes of each run in a process of its own, and ours as a share of PEFT's."""
-  settings = [f'--{name}={getattr(flags, name)}' for name in (
-      'batch_size', 'input_length', 'prompt_length', 'target_length', 'dropout_rate',
-      'torch_attention', 'devices')]
-  found = {run: peak_memory.of_process(__file__, f'--networks={flags.network}', f'--alone={run}',
-                                       f'--methods={method}', *settings)
-           for run in METHODS[method][:2]}
+  found = {run: peak_memory.of_process(*alone(method, run, flags)) for run in METHODS[method][:2]}
   return {'bytes': found, 'ratios': {kind: found['ours'][kind] / found['peft'][kind]
                                      for kind in found['ours']}}
 
@@ -188,7 +194,10 @@ def main():
   parser.add_argument('--repeats', type=int, default=7)
   parser.add_argument('--devices', type=int, default=THREADS,
                       help='virtual devices that ours splits a batch over')
+  parser.add_argument('--huge_pages', action='store_true',
+                      help='GLIBC_TUNABLES=glibc.malloc.hugetlb=1 for every process')
   parser.add_argument('--alone', metavar='RUN', help='print the memory of this run alone')
+  parser.add_argument('--serve', action='store_true', help='or take its turns (`turns.serve`)')
   parser.add_argument('--output', type=pathlib.Path, metavar='FILE.json')
   flags = parser.parse_args()
   # JAX makes a thread for each core that it may use.
@@ -197,10 +206,16 @@ def main():
   if flags.alone:
     flags.network, = flags.networks
     method, = flags.methods
-    print(json.dumps(peak_memory.measured(functools.partial(step, method, flags.alone, flags))))
+    make = functools.partial(step, method, flags.alone, flags)
+    if flags.serve:
+      serve(make())
+    else:
+      print(json.dumps(peak_memory.measured(make)))
     return
+  if flags.huge_pages:
+    os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'  # of the processes to come
   settings = {name: value for name, value in vars(flags).items()
-              if name not in ('networks', 'methods', 'alone', 'output')}
+              if name not in ('networks', 'methods', 'alone', 'serve', 'output')}
   settings |= {'threads': THREADS, 'processor': platform.processor() or platform.machine(),
                'device': jax.devices()[0].device_kind,
                'versions': {name: importlib.metadata.version(name) for name in PACKAGES}}

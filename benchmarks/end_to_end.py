@@ -40,7 +40,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 from end_to_end_sides import FILES, Ours, Peft
-from turns import CLOCKS
+from turns import CLOCKS, timed
 
 from prompt_tuning_jax import launch
 from prompt_tuning_jax.checkpoints import base_checkpoint
@@ -81,13 +81,6 @@ def check_same_work(ours: Ours, theirs: Peft) -> dict[str, float]:
   if not np.isclose(*losses.values(), rtol=1e-3):
     raise SystemExit(f'The sides have different losses: {losses}')
   return losses
-
-
-def timed(part: Part) -> dict[str, float]:
-  """{clock: seconds}."""
-  starts = {clock: now() for clock, now in CLOCKS.items()}
-  part()
-  return {clock: now() - starts[clock] for clock, now in CLOCKS.items()}
 
 
 def take_turns(sides: dict[str, dict[str, Part]], turns: int) -> Iterator[dict]:

@@ -1,6 +1,12 @@
-"""Runs that are compared take turns in one process (A B A B …): how benchmarks time them."""
+"""Runs that are compared take turns (A B A B …): how benchmarks time them.
 
+They stand in one process or, where they would be in each other's way (`Apart`), in one each.
+"""
+
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -8,23 +14,59 @@ Run = Callable[[], None]
 CLOCKS = {'seconds': time.perf_counter, 'processor_seconds': time.process_time}
 
 
-def take_turns(runs: dict[str, Run], repeats: int,
+def timed(run: Run) -> dict[str, float]:
+  """{clock: seconds} of one turn."""
+  starts = {clock: now() for clock, now in CLOCKS.items()}
+  run()
+  return {clock: now() - starts[clock] for clock, now in CLOCKS.items()}
+
+
+def serve(run: Run) -> None:
+  """A turn for each line of the input, until it ends; prints what each took."""
+  for _ in sys.stdin:
+    print(json.dumps(timed(run)), flush=True)
+
+
+class Apart:
+  """A run in another process of this Python, in whose script `serve` takes the turns."""
+
+  def __init__(self, *command: str):
+    self._command = command
+    self._process = subprocess.Popen([sys.executable, *command], stdin=subprocess.PIPE,
+                                     stdout=subprocess.PIPE, text=True)
+
+  def turn(self) -> dict[str, float]:
+    """As `timed`. Raises SystemExit where the process has ended."""
+    try:
+      self._process.stdin.write('\n')
+      self._process.stdin.flush()
+      return json.loads(self._process.stdout.readline())
+    except (BrokenPipeError, json.JSONDecodeError):
+      raise SystemExit(f'{" ".join(self._command)} failed: see above.') from None
+
+  def close(self) -> None:
+    """Ends the process."""
+    self._process.stdin.close()
+    self._process.wait()
+
+
+def take_turns(runs: dict[str, Run | Apart], repeats: int,
                before: int = 2) -> dict[str, dict[str, list[float]]]:
   """{clock: {run: the seconds of every turn}}, after `before` turns that compile and warm up."""
+  taken = {clock: {name: [] for name in runs} for clock in CLOCKS}
+  turn = lambda run: run.turn() if isinstance(run, Apart) else timed(run)
   for run in runs.values():
     for _ in range(before):
-      run()
-  taken = {clock: {name: [] for name in runs} for clock in CLOCKS}
+      turn(run)
   for _ in range(repeats):
     for name, run in runs.items():
-      starts = {clock: now() for clock, now in CLOCKS.items()}
-      run()
-      for clock, now in CLOCKS.items():
-        taken[clock][name].append(now() - starts[clock])
+      for clock, seconds in turn(run).items():
+        taken[clock][name].append(seconds)
   return taken
 
 
-def compared(runs: dict[str, Run], ratios: dict[str, tuple[str, str]], repeats: int) -> dict:
+def compared(runs: dict[str, Run | Apart], ratios: dict[str, tuple[str, str]],
+             repeats: int) -> dict:
   """{clock: the runs' medians, and {ratio: (over, under)}: of medians, and quartiles of turns'}."""
   result = {}
   for clock, taken in take_turns(runs, repeats).items():
