@@ -8,7 +8,7 @@ their median times. Ours splits a batch over a virtual device for each thread, w
 of the base (--devices=1: a single device takes it whole). Where other programs run beside it, the
 clock is unfair to torch, whose threads wait for each other after every operation: the processor's
 time, which is recorded too, says more there. Peak memory is measured in other processes
-(`peak_memory.measured`). --huge_pages lets glibc ask for them, on every side.
+(`peak_memory.measured`). With --huge_pages glibc asks for huge pages, on every side.
 
 What is compared with what:
 
@@ -25,6 +25,7 @@ d_kv (its prefix fails where that is not d_model, as in t5-v1.1-small).
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -121,11 +122,11 @@ def alone(method: str, run: str, flags: argparse.Namespace) -> list[str]:
 
 def times(method: str, flags: argparse.Namespace) -> dict:
   """Seconds of a step of each run and how many of ours fit into one of PEFT's."""
-  runs = {name: Apart(*alone(method, name, flags), '--serve') for name in METHODS[method]}
-  taken = compared(runs, {f'{name}_speedup': ('peft', name) for name in runs if name != 'peft'},
-                   flags.repeats)
-  for run in runs.values():
-    run.close()
+  with contextlib.ExitStack() as processes:
+    runs = {name: processes.enter_context(Apart(*alone(method, name, flags), '--serve'))
+            for name in METHODS[method]}
+    taken = compared(runs, {f'{name}_speedup': ('peft', name) for name in runs if name != 'peft'},
+                     flags.repeats)
   seconds = taken['seconds']
   seconds['examples_per_second'] = {name: flags.batch_size / median
                                     for name, median in seconds['medians'].items()}
@@ -208,7 +209,7 @@ def main():
     method, = flags.methods
     make = functools.partial(step, method, flags.alone, flags)
     if flags.serve:
-      serve(make())
+      serve(make)
     else:
       print(json.dumps(peak_memory.measured(make)))
     return

@@ -100,17 +100,23 @@ def take_turns(sides: dict[str, dict[str, Part]], turns: int) -> Iterator[dict]:
 
 
 def summary(taken: dict, rows: dict[str, dict[str, int]]) -> dict:
-  """Medians, rows a second of each part, and how many times as fast ours is."""
+  """Medians, rows a second of each part, and how many times as fast ours is.
+
+  `whole` is of as many rows of both splits as ours has, whatever a side has taken.
+  """
   result = {}
   for clock in CLOCKS:
     medians = {name: {part: statistics.median(times[clock][1:]) for part, times in parts.items()}
                for name, parts in taken.items()}
     rates = {}
     for name, parts in medians.items():
-      whole = sum(parts[part] for part in ('tokenise', 'train', 'evaluate'))
-      rates[name] = {'train': rows[name]['train'] / parts['train'],
-                     'evaluate': rows[name]['validation'] / parts['evaluate'],
-                     'whole': sum(rows[name].values()) / whole}
+      own, wanted = rows[name], rows['ours']
+      count = sum(wanted.values())
+      whole = (parts['tokenise'] * count / sum(own.values())
+               + parts['train'] * wanted['train'] / own['train']
+               + parts['evaluate'] * wanted['validation'] / own['validation'])
+      rates[name] = {'train': own['train'] / parts['train'],
+                     'evaluate': own['validation'] / parts['evaluate'], 'whole': count / whole}
     ratios = {name: {part: rates['ours'][part] / rate for part, rate in parts.items()}
               for name, parts in rates.items() if name != 'ours'}
     result[clock] = {'medians': medians, 'rows_per_second': rates, 'ours_to': ratios}

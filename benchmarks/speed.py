@@ -2,7 +2,7 @@
 
   TFDS_DATA_DIR=… PROMPT_TUNING_TEST_ASSETS=… python benchmarks/speed.py --output=speed.json
 
-Each benchmark runs in a process of its own, in which what it compares takes turns. A line says
+Each benchmark runs in a process of its own; what it compares takes turns. A line says
 what is compared, our figure and the other's (seconds, unless it says otherwise), their ratio, the
 target (`TARGETS`), and whether it holds. --quick takes few turns: for a look, not for figures.
 --only runs some of the benchmarks. A benchmark that fails is a line that says so, and exit status

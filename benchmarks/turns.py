@@ -4,6 +4,7 @@ They stand in one process or, where they would be in each other's way (`Apart`),
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -21,33 +22,47 @@ def timed(run: Run) -> dict[str, float]:
   return {clock: now() - starts[clock] for clock, now in CLOCKS.items()}
 
 
-def serve(run: Run) -> None:
-  """A turn for each line of the input, until it ends; prints what each took."""
+def serve(make: Callable[[], Run]) -> None:
+  """A turn for each line of the input, until it ends; prints what each took.
+
+  What else is printed, by libraries say, goes to stderr.
+  """
+  answers = os.fdopen(os.dup(1), 'w', encoding='utf-8')
+  os.dup2(2, 1)
+  run = make()
   for _ in sys.stdin:
-    print(json.dumps(timed(run)), flush=True)
+    print(json.dumps(timed(run)), file=answers, flush=True)
 
 
 class Apart:
-  """A run in another process of this Python, in whose script `serve` takes the turns."""
+  """A run in another process of this Python, in whose script `serve` takes the turns.
+
+  The process ends with the `with` block.
+  """
 
   def __init__(self, *command: str):
     self._command = command
     self._process = subprocess.Popen([sys.executable, *command], stdin=subprocess.PIPE,
                                      stdout=subprocess.PIPE, text=True)
 
+  def __enter__(self) -> 'Apart':
+    return self
+
+  def __exit__(self, *error) -> None:
+    self._process.kill()
+    self._process.communicate()
+
   def turn(self) -> dict[str, float]:
     """As `timed`. Raises SystemExit where the process has ended."""
     try:
       self._process.stdin.write('\n')
       self._process.stdin.flush()
-      return json.loads(self._process.stdout.readline())
-    except (BrokenPipeError, json.JSONDecodeError):
-      raise SystemExit(f'{" ".join(self._command)} failed: see above.') from None
-
-  def close(self) -> None:
-    """Ends the process."""
-    self._process.stdin.close()
-    self._process.wait()
+    except BrokenPipeError:
+      pass  # it has no answer either
+    answer = self._process.stdout.readline()
+    if not answer:
+      raise SystemExit(f'{" ".join(self._command)} failed ({self._process.wait()}): see above.')
+    return json.loads(answer)
 
 
 def take_turns(runs: dict[str, Run | Apart], repeats: int,
