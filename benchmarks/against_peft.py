@@ -8,7 +8,8 @@ their median times. Ours splits a batch over a virtual device for each thread, w
 of the base (--devices=1: a single device takes it whole). Where other programs run beside it, the
 clock is unfair to torch, whose threads wait for each other after every operation: the processor's
 time, which is recorded too, says more there. Peak memory is measured in other processes
-(`peak_memory.measured`). With --huge_pages glibc asks for huge pages, on every side.
+(`peak_memory.measured`). GLIBC_TUNABLES in the environment holds for every
+side, and is recorded.
 
 What is compared with what:
 
@@ -195,8 +196,6 @@ def main():
   parser.add_argument('--repeats', type=int, default=7)
   parser.add_argument('--devices', type=int, default=THREADS,
                       help='virtual devices that ours splits a batch over')
-  parser.add_argument('--huge_pages', action='store_true',
-                      help='GLIBC_TUNABLES=glibc.malloc.hugetlb=1 for every process')
   parser.add_argument('--alone', metavar='RUN', help='print the memory of this run alone')
   parser.add_argument('--serve', action='store_true', help='or take its turns (`turns.serve`)')
   parser.add_argument('--output', type=pathlib.Path, metavar='FILE.json')
@@ -213,12 +212,11 @@ def main():
     else:
       print(json.dumps(peak_memory.measured(make)))
     return
-  if flags.huge_pages:
-    os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'  # of the processes to come
   settings = {name: value for name, value in vars(flags).items()
               if name not in ('networks', 'methods', 'alone', 'serve', 'output')}
   settings |= {'threads': THREADS, 'processor': platform.processor() or platform.machine(),
                'device': jax.devices()[0].device_kind,
+               'glibc_tunables': os.environ.get('GLIBC_TUNABLES', ''),
                'versions': {name: importlib.metadata.version(name) for name in PACKAGES}}
   results = {}
   for network in flags.networks:
