@@ -24,7 +24,12 @@ def adamw(learning_rate: float | optax.Schedule = 1e-4, b1: float = 0.9, b2: flo
 
 
 def linear_decay(peak: float, steps: int, warmup_steps: int = 0) -> optax.Schedule:
-  """Learning rate that rises linearly to `peak`, then falls linearly to 0 at `steps`."""
+  """Learning rate that rises linearly to `peak`, then falls linearly to 0 at `steps`.
+
+  Without steps it is 0. Raises ValueError where no step is left behind the warmup.
+  """
+  if not steps:
+    return optax.constant_schedule(0.0)
   if steps <= warmup_steps:
     raise ValueError(f'steps ({steps}) must be more than warmup_steps ({warmup_steps}).')
   return optax.join_schedules(

@@ -182,9 +182,7 @@ class Predictor:
     most = max(map(len, ids), default=0)
     together = batches.round_up(max((sum(map(len, row)) for row in ids), default=0),
                                 batches.Buckets().targets)
-    longest = max((len(tokens) for row in ids for tokens in row), default=0)
-    self._check_positions(inputs, [longest] * len(inputs), slots)
-    check_masks(self._config, inputs, (max(map(len, row), default=0) for row in ids))
+    self.check(inputs, ids, slots)
 
     def run(rows, batch, added):
       put = self._partitioner.put_batch(
@@ -230,8 +228,7 @@ class Predictor:
     """
     if control and decoding.num_beams > 1:
       raise ValueError('Control is of tokens that are drawn or the best one: leave out num_beams.')
-    self._check_positions(inputs, [self._max_decode_length] * len(inputs), slots)
-    check_masks(self._config, inputs, [ONE_TOKEN] * len(inputs))
+    self.check(inputs, slots=slots)
     numbers = range(len(inputs)) if numbers is None else numbers
     search = self._search if decoding.num_beams > 1 else self._draw
 
@@ -299,8 +296,7 @@ class Predictor:
   def score(self, params: PyTree, inputs: Sequence[Tokens], targets: Sequence[Tokens],
             slots: Sequence[Slot] | None = None) -> np.ndarray:
     """log p(target | input) in nats, summed over the target's tokens: [n] float32."""
-    self._check_positions(inputs, list(map(len, targets)), slots)
-    check_masks(self._config, inputs, map(len, targets))
+    self.check(inputs, [[target] for target in targets], slots)
     run = lambda _, batch, added: self._score(params, self._partitioner.put_batch(batch),
                                               added=added)
     return np.array(self._run(inputs, run, targets, slots), np.float32)
@@ -314,6 +310,21 @@ class Predictor:
     run = lambda _, batch, added: self._first(params, self._partitioner.put_batch(batch),
                                               place=len(begins), added=added)
     return np.stack(self._run(inputs, run, targets))
+
+  def check(self, inputs: Sequence[Tokens], targets: Sequence[Sequence[Tokens]] | None = None,
+            slots: Sequence[Slot] | None = None) -> None:
+    """Raises ValueError where the network has no room for an input and what is to be answered.
+
+    Args:
+      targets: the ids of every target, or of each choice, of each input; None where texts are
+        generated.
+    """
+    if targets is None:
+      lengths, least = [[n] * len(inputs) for n in (self._max_decode_length, ONE_TOKEN)]
+    else:
+      lengths = least = [max(map(len, row), default=0) for row in targets]
+    self._check_positions(inputs, lengths, slots)
+    check_masks(self._config, inputs, least)
 
   def _virtual_of(self, slots: Sequence[Slot] | None, i: int) -> VirtualTokens | None:
     return slots[i].virtual if slots else self._virtual

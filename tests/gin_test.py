@@ -269,10 +269,11 @@ def test_ways_to_share_are_named_on_the_command_line(way):
   assert type(method.combine).__name__ == way
 
 
-def test_a_prompt_of_every_layer_starts_as_prompt_files_say(values):
-  files = ['run/prompt_tuning.gin', 'method/deep_prompt.gin', 'prompt/text.gin']
-  method = _read_given(files, values)[0]['method']
-  assert method == methods.DeepPrompt(100, 'before', initializers.Text('a film review'))
+@pytest.mark.parametrize('name, method', [('deep_prompt', methods.DeepPrompt), ('warp', Warp)])
+def test_other_methods_with_a_prompt_start_as_prompt_files_say(values, name, method):
+  files = ['run/prompt_tuning.gin', f'method/{name}.gin', 'prompt/text.gin']
+  made = _read_given(files, values)[0]['method']
+  assert made == method(100, 'before', initializers.Text('a film review'))
 
 
 def test_model_tuning_asks_for_nothing_of_prompts(values):

@@ -118,5 +118,6 @@ def test_linear_decay():
   at = lambda schedule, steps: [round(float(schedule(step)), 6) for step in steps]
   assert at(optimizers.linear_decay(1.0, 10, 4), [0, 2, 4, 7, 10, 12]) == [0, 0.5, 1, 0.5, 0, 0]
   assert at(optimizers.linear_decay(2.0, 4), [0, 1, 4]) == [2, 1.5, 0]
+  assert at(optimizers.linear_decay(1.0, 0, 4), [0, 1]) == [0, 0]  # nothing trains
   with pytest.raises(ValueError, match=r'steps \(4\) must be more than warmup_steps \(4\)'):
     optimizers.linear_decay(1.0, 4, 4)

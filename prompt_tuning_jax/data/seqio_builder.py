@@ -95,10 +95,11 @@ def build(task: str, modules: list[str], split: str, vocabulary: Mapping[str, An
   rows = (streams[task] if len(parts) == 1 and parts[0].name == task
           else _mix(provider, parts, streams, max_examples))
   writer, hidden = CacheWriter(folder), None
-  hidden_target = words.encode(f'{SENTINEL} {HIDDEN}' if sentinel else HIDDEN)
-  hidden_target = words.framed(hidden_target, 'targets', lengths['targets'])
+  hidden_text = f'{SENTINEL} {HIDDEN}' if sentinel else HIDDEN
+  hidden_target = words.framed(words.encode(hidden_text), 'targets', lengths['targets'])
   for inputs, targets, row in rows:
-    if hidden is None and np.array_equal(targets, hidden_target):
+    if hidden is None and np.array_equal(targets, hidden_target) and (
+        row is None or row['targets'] == hidden_text):  # others may be alike once they are cut
       hidden = writer.num_examples
     writer.add(inputs, targets, row)
   writer.close(**meta, num_cut=cut, tasks=sorted(metas), first_hidden=hidden,

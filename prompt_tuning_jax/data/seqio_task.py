@@ -8,6 +8,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import difflib
+import fnmatch
 import hashlib
 import importlib.util
 import json
@@ -205,9 +206,10 @@ def _infos(name: str, folder: str) -> list[epath.Path]:
   dataset, _, version = name.partition(':')
   if not re.fullmatch(r'[\w./*-]+', dataset + version):
     return []
-  versions = epath.Path(folder) / dataset
   try:
-    return sorted(info for info in versions.glob(f'{version or "*"}/dataset_info.json'))
+    versions = [each for each in (epath.Path(folder) / dataset).iterdir()
+                if fnmatch.fnmatchcase(each.name, version or '*')]
+    return sorted(info for each in versions if (info := each / 'dataset_info.json').exists())
   except OSError:
     return []
 

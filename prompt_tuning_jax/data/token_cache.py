@@ -176,9 +176,10 @@ class TokenCache:
 
   @property
   def part(self) -> list:
-    """Which examples these are: their number, and a hash of what was taken of the folder."""
+    """Which examples these are: their number, and hashes of the folder and what was taken of it."""
     taken = None if self.taken is None else self.taken.astype(np.int64).tobytes()
-    return [self.num_examples, taken and hashlib.sha256(taken).hexdigest()[:16]]
+    return [self.num_examples, file_digest.of_json(self.meta['files'])[:16],
+            taken and hashlib.sha256(taken).hexdigest()[:16]]
 
   def inputs(self, i: int) -> np.ndarray:
     """[n] int32."""

@@ -70,18 +70,28 @@ def first_pieces(caches: Sequence[TokenCache], vocabulary: Any,
   Before that piece stands what all targets begin with, such as BART's <s> or a sentinel: [C, K]
   ids, K from 1.
 
-  Raises ValueError where there are several tasks, no labels, or some labels that begin alike.
+  Raises ValueError where there are several tasks, no labels, or some labels that begin alike or are
+  longer than targets may be.
   """
   labels = labels_of(caches[0].rows) if len(caches) == 1 else None
   if not labels:
     raise ValueError('Expected one task whose targets are labels.')
   every = [vocabulary.framed(vocabulary.encode(label), 'targets') for label in labels]
   most = len(os.path.commonprefix(every)) + 1
+  _check_uncut(caches[0], labels, every)
   ids = tuple(tuple(label[:most]) for label in every)
   if len(set(ids)) < len(ids):
     raise ValueError(f'Labels need first pieces of their own, got {", ".join(labels)}: `python -m '
                      'prompt_tuning_jax.label_words` finds words for them.')
   return ids
+
+
+def _check_uncut(cache: TokenCache, labels: Sequence[str], every: Sequence[Sequence[int]]) -> None:
+  most = cache.meta['lengths']['targets']
+  longest, label = max((len(ids), label) for ids, label in zip(every, labels, strict=True))
+  if longest > most:
+    raise ValueError(f'The label {label!r} takes {longest} tokens, its end included, and the '
+                     f"targets' length is {most}: raise 'targets' of TASK_FEATURE_LENGTHS.")
 
 
 def choices(loss: str, caches: Sequence[TokenCache], vocabulary: Any,
@@ -115,8 +125,8 @@ class Evaluator:
   Examples that list their possible answers are answered by rank classification, unless
   `rank_labels` is False, and others by decoding; a split without metrics is measured by its loss
   per target token. `metric` names the number that chooses the best (default: the task's first);
-  `loss` and `perplexity` are better when smaller, everything else when larger. A metric that the
-  task lacks is a ValueError.
+  `loss` and `perplexity` are better when smaller, everything else when larger. Raises ValueError
+  for a metric that the task lacks, and where the network has no room for an example.
   """
 
   def __init__(self, predictor: Predictor, cache: TokenCache, metric: str | None = None,
@@ -131,6 +141,16 @@ class Evaluator:
     self.task = cache.meta['task']
     self.names = list(self._metrics([row['targets'] for row in self._rows])) or [*SMALLER_IS_BETTER]
     self.metric = _known(metric, self.names, self.task)
+    targets = None
+    if not self._functions:
+      targets = [[cache.targets(i)] for i in range(self._count)]
+    elif self.choices:
+      targets = predictor.choice_ids(self.choices)
+    predictor.check(self._inputs, targets)
+
+  @property
+  def _inputs(self) -> list[np.ndarray]:
+    return [self._cache.inputs(i) for i in range(self._count)]
 
   @property
   def part(self) -> list:
@@ -155,18 +175,16 @@ class Evaluator:
 
   def __call__(self, params: PyTree) -> Evaluation:
     """Evaluates the model with these parameters."""
-    inputs = [self._cache.inputs(i) for i in range(self._count)]
     if not self._functions:
-      return Evaluation(self.metric, self._loss(params, inputs))
-    self._texts = self._answers(params, inputs)
+      return Evaluation(self.metric, self._loss(params, self._inputs))
+    self._texts = self._answers(params, self._inputs)
     return Evaluation(self.metric, self._metrics(self._texts))
 
   def ensemble(self, params: PyTree, bank: PromptBank) -> tuple[ensemble.Answers, dict[str, Any]]:
     """What the prompts of a bank answer, and how well: each, and together (`ensemble.report`)."""
     if not self._functions:
       raise ValueError(f'{self.task} is measured by its loss: an ensemble needs answers.')
-    inputs = [self._cache.inputs(i) for i in range(self._count)]
-    given = ensemble.answers(self._predictor, params, bank, inputs, self.choices)
+    given = ensemble.answers(self._predictor, params, bank, self._inputs, self.choices)
     self._texts = given.majority_vote
     return given, ensemble.report(given, self._metrics,
                                   lambda values: Evaluation(self.metric, values).rank)

@@ -67,8 +67,15 @@ def any_data(method: Any, caches: Sequence[TokenCache], base: Base, vocabulary: 
   return method
 
 
+def check_length(length: Any) -> None:
+  """Raises ValueError for what is no length of a prompt that trains."""
+  if type(length) is not int or length < 1:
+    raise ValueError(f'PROMPT_LENGTH should be a whole number of at least 1, got {length!r}.')
+
+
 def placed_tokens(method: Any, num_embeddings: int) -> VirtualTokens:
   """The `virtual_tokens` of a method with a prompt: what the data path writes into each input."""
+  check_length(method.length)
   return VirtualTokens(num_embeddings, method.length, method.placement)
 
 

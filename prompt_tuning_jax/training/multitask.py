@@ -16,7 +16,7 @@ from prompt_tuning_jax.prompts import initializers
 from prompt_tuning_jax.prompts.task_prompts import Combine, Sum, TaskPrompts
 from prompt_tuning_jax.prompts.virtual_tokens import VirtualTokens
 from prompt_tuning_jax.training.evaluate import labels_of
-from prompt_tuning_jax.training.methods import save_file
+from prompt_tuning_jax.training.methods import check_length, save_file
 from prompt_tuning_jax.types import Array, PyTree
 
 
@@ -60,6 +60,7 @@ class MultitaskPrompts:
 
   def virtual_tokens(self, num_embeddings: int) -> tuple[VirtualTokens, ...]:
     """What the data path writes into the inputs of each task."""
+    check_length(self.length)
     return tuple(VirtualTokens(num_embeddings, self.length, self.placement, i * self.length)
                  for i in range(len(self.tasks)))
 

@@ -82,7 +82,8 @@ def train(trainings: Mapping[str, Training], stop: Callable[[int], bool] = lambd
   if len(groups(trainings, len(trainings))) > 1:
     raise ValueError(f'{", ".join(trainings)} cannot train together: they may differ in seed, '
                      'task, optimizer, and length, placement and initialisation of a prompt, but '
-                     'not in base, method, batch size, dropout or loss.')
+                     'not in base, method, batch size, dropout, loss or the labels that it is '
+                     'among.')
   with contextlib.ExitStack() as stack:
     members = {name: _Member(name, training, stop, stack) for name, training in trainings.items()}
     step_of = {}  # compiled for those that still train
@@ -193,7 +194,7 @@ def _kind(training: Training) -> tuple:
   model = recipe.model if not leaves.keys() & set(ROWS) else recipe.model.clone(prompt=None)
   batch = {name: (len(array), array.dtype) for name, array in training.batch_at(0).items()}
   return (model, shapes, batch, recipe.guided, recipe.z_loss, recipe.label_smoothing,
-          recipe.num_microbatches, recipe.partitioner,
+          recipe.num_microbatches, recipe.partitioner, recipe.choices,
           [id(leaf) for leaf in jax.tree.leaves(training.frozen)])
 
 

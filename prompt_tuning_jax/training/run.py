@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -41,6 +42,7 @@ from prompt_tuning_jax.training.step import Recipe
 from prompt_tuning_jax.types import PyTree
 
 logger = logging.getLogger(__name__)
+PARAMETER_DTYPES = ('float32', 'bfloat16', 'int8')
 
 
 def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
@@ -86,7 +88,11 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
   Returns MODEL_DIR/report.json, {} in others; raises ValueError for what does not fit, or on NaN.
   """
   _check(task_feature_lengths, model_dir, dropout_rate, train_steps=(train_steps, 0),
-         batch_size=(batch_size, 1), num_microbatches=(num_microbatches, 1), seed=(seed, 0))
+         batch_size=(batch_size, 1), num_microbatches=(num_microbatches, 1), seed=(seed, 0),
+         eval_period=(eval_period, 0), save_period=(save_period, 0), log_period=(log_period, 0),
+         patience=(patience, 0), eval_batch_size=(eval_batch_size or 1, 1),
+         max_eval_examples=(max_eval_examples or 1, 1))
+  _check_loss(z_loss, label_smoothing)
   tasks = _checked(mixture.as_mixture(task))
   base = load_base(initial_checkpoint_path, network, vocabulary, parameter_dtype, partitioner, seed,
                    execution)
@@ -113,14 +119,15 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
   optimizer = getattr(method, 'search', optimizer)  # which may take its place
   state = _place(train_state.create(trainable, optimizer), partitioner)
   described = _described(base, tasks, method, words, source, evaluator, lengths=lengths,
-                         batch_size=batch_size, seed=seed, loss=loss)
+                         batch_size=batch_size, seed=seed, loss=loss, rank_labels=rank_labels)
   look = functools.partial(html_report.write_for_run, words, config.embedding) if inspect else None
   return steps(loop.Training(
       Recipe(model, optimizer, seed, z_loss, label_smoothing, num_microbatches, partitioner,
              choices),
       state, frozen, source.batch_at, functools.partial(
           _steps, state=state, frozen=frozen, described=described, model_dir=model_dir,
-          config_text=config_text, saver=functools.partial(_saver, method, base, tasks, evaluator),
+          config_text=config_text,
+          saver=functools.partial(_saver, method, base, tasks, caches, evaluator),
           evaluator=evaluator, task=tasks.name, per_batch=source.examples_per_batch, look=look,
           schedule=loop.Schedule(train_steps, eval_period, save_period, log_period, patience))))
 
@@ -242,6 +249,9 @@ def _check(lengths: Mapping[str, int], model_dir: str, dropout_rate: float,
       '://' in model_dir and not cloud_storage.is_remote(model_dir)):
     raise ValueError('MODEL_DIR must be a folder of this machine or gs://BUCKET/FOLDER, got '
                      f'{model_dir!r}.')
+  if set('[]\\') & set(model_dir):
+    raise ValueError('MODEL_DIR may not have [, ] or a backslash in it, which Orbax takes for a '
+                     f'pattern of names, got {model_dir!r}.')
   if not isinstance(lengths, Mapping) or set(lengths) != {'inputs', 'targets'} or not all(
       type(length) is int and length > 1 for length in lengths.values()):
     raise ValueError("TASK_FEATURE_LENGTHS should be such as {'inputs': 512, 'targets': 32}, got "
@@ -258,12 +268,23 @@ def _check(lengths: Mapping[str, int], model_dir: str, dropout_rate: float,
     raise ValueError(f'DROPOUT_RATE should be at least 0 and less than 1, got {dropout_rate!r}.')
 
 
+def _check_loss(z_loss: float, label_smoothing: float) -> None:
+  for name, value, fits, expected in (
+      ('z_loss', z_loss, lambda x: 0 <= x < math.inf, '0 or more'),
+      ('label_smoothing', label_smoothing, lambda x: 0 <= x < 1, 'at least 0 and less than 1')):
+    if not isinstance(value, int | float) or not fits(value):
+      raise ValueError(f'{name} should be {expected}, got {value!r}.')
+
+
 def load_base(path: str | Base | None, network: Any = None, vocabulary: str | None = None,
               dtype: str = 'float32', partitioner: Partitioner = Partitioner(),
               seed: int = 0, execution: Execution = Execution()) -> Base:
   """The base that these arguments of `train` say; one that has been read is it already."""
   if isinstance(path, Base):
     return path
+  if dtype not in PARAMETER_DTYPES:
+    raise ValueError(f'PARAMETER_DTYPE should be one of {", ".join(PARAMETER_DTYPES)}, got '
+                     f'{dtype!r}.')
   processes.meet(partitioner.mesh)
   if path is not None:
     return base_checkpoint.load_base(path, config=network, vocabulary_file=vocabulary, dtype=dtype,
@@ -327,12 +348,15 @@ def _restore(states: TrainingStates, state: train_state.TrainState, run: dict[st
   return state, records
 
 
-def _saver(method, base: Base, tasks: mixture.Mixture, evaluator, records: loop.Records,
-           mirror: cloud_storage.Mirror):
+def _saver(method, base: Base, tasks: mixture.Mixture, caches: Sequence[TokenCache], evaluator,
+           records: loop.Records, mirror: cloud_storage.Mirror):
   """save(name, trained): writes the trained leaves and what they belong to."""
   folder = mirror.folder / 'prompts'
   for name in ('best', 'last') if processes.is_first() else ():
     atomic_write.recover(folder / name)
+  labels = None
+  if len(caches) == 1:
+    labels = evaluator.labels if evaluator else evaluate.labels_of(caches[0].rows)
 
   def save(name: str, trained: PyTree) -> None:
     trained = processes.whole(trained)
@@ -341,14 +365,14 @@ def _saver(method, base: Base, tasks: mixture.Mixture, evaluator, records: loop.
     value, values, step = (
         (records.best_value, records.best_values, records.best_step) if name == 'best' else
         (records.last_value, records.last_values, records.last_step))
-    metric = lambda name, value: {'name': name, 'value': value, 'step': step}
-    about = {'task': tasks.name, 'labels': None,
-             'metric': None if value is None else metric(evaluator.metric, value)}
+    # A correlation with answers that are all alike is not a number, and so is no metric.
+    metric = lambda name, value: None if value is None or not math.isfinite(value) else {
+        'name': name, 'value': value, 'step': step}
+    about = {'task': tasks.name, 'labels': labels,
+             'metric': metric(evaluator and evaluator.metric, value)}
     if len(tasks.tasks) > 1:  # Not all of them need be evaluated.
       of_tasks = {} if value is None else evaluator.of_tasks(values)
       about['tasks'] = {task: metric(*own) for task, own in of_tasks.items()}
-    elif evaluator:
-      about['labels'] = evaluator.labels
     method.save(folder / name, trained, base, about)
     mirror.push()
 

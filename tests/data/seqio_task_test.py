@@ -61,6 +61,8 @@ add('empty_target', 5, first=(functools.partial(odd, field='targets', value=''),
 add('latin_1', 5, first=(functools.partial(odd, field='inputs', value=b'caf\\xe9 noir'),))
 add('fieldless', 5, first=(needs_sentence,))
 add('hidden', 5, first=(functools.partial(odd, field='targets', value='<unk>'),))
+add('alike', 5, first=(functools.partial(odd, field='targets', value='<under>'),),
+    labels=('no', 'yes', '<under>'))
 add('nameless', 3, metric_fns=(lambda targets, predictions: {},))
 seqio.MixtureRegistry.add('even', [('many', 1), ('few', 1)])
 seqio.MixtureRegistry.add('unlike', [('many', 1), ('plain', 1)])
@@ -163,6 +165,8 @@ def test_a_builder_ends_with_the_process_that_started_it(monkeypatch):
 def test_the_first_hidden_label_is_remembered(tmp_path):
   assert build(tmp_path / 'one', 'hidden').meta['first_hidden'] == 2
   assert build(tmp_path / 'other', 'many').meta['first_hidden'] is None
+  cut = build(tmp_path / 'cut', 'alike', lengths={'inputs': 8, 'targets': 3})
+  assert cut.meta['first_hidden'] is None  # '<u', and no more of it than of '<unk>'
   cache = token_cache.open_or_build(SeqioTask('hidden', modules='tasks_for_this_test'), 'train',
                                     BYTES, LENGTHS, tmp_path)
   for refuse in (evaluate.check_labelled, lambda cache: evaluate.Evaluator(None, cache)):

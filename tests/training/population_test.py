@@ -249,6 +249,11 @@ def test_what_cannot_train_together_stands_in_groups_of_its_own(tmp_path, tiny_b
   assert [list(group) for group in population.groups(ready, 2)] == [['0', '1'], ['2', '4'], ['3']]
   with pytest.raises(ValueError, match='cannot train together'):
     population.train(ready)
+  losses = {loss: {**arguments(tmp_path / loss, tiny_base, reviews), 'loss': loss}
+            for loss in ('targets', 'labels', 'both')}
+  ready = population.prepared({**losses, 'again': losses['labels']})
+  assert [list(group) for group in population.groups(ready, 4)] == [
+      ['targets'], ['labels', 'again'], ['both']]
   assert not any((tmp_path / str(i)).exists() for i in range(5))
   with pytest.raises(ValueError, match='INITIAL_CHECKPOINT_PATH'):
     population.prepared({'0': {**given['0'], 'initial_checkpoint_path': None}})

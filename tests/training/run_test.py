@@ -16,6 +16,8 @@ from prompt_tuning_jax import infer, optimizers, param_paths, score
 from prompt_tuning_jax.checkpoints import base_checkpoint, hf_safetensors, prompt_file
 from prompt_tuning_jax.data import batches, mixture, packing, subsets
 from prompt_tuning_jax.data.text_file import TextFile
+from prompt_tuning_jax.data.token_cache import TokenCache
+from prompt_tuning_jax.networks import gpt
 from prompt_tuning_jax.training import loop, methods, run
 
 pytestmark = pytest.mark.usefixtures('token_dir')
@@ -128,13 +130,73 @@ def test_another_optimizer_in_the_same_folder_is_refused(tmp_path, tiny_base, re
 @pytest.mark.parametrize('given, message', [
     ({'train_steps': 'ten'}, 'TRAIN_STEPS'), ({'batch_size': 0}, 'BATCH_SIZE'),
     ({'seed': -1}, 'SEED'), ({'seed': 2 ** 64}, 'SEED'), ({'dropout_rate': 1.5}, 'DROPOUT_RATE'),
-    ({'metric': 'acuracy'}, 'Did you mean accuracy'),
+    ({'metric': 'acuracy'}, 'Did you mean accuracy'), ({'eval_period': 2.5}, 'EVAL_PERIOD'),
+    ({'save_period': -1}, 'SAVE_PERIOD'), ({'patience': 'one'}, 'PATIENCE'),
+    ({'eval_batch_size': -4}, 'EVAL_BATCH_SIZE'), ({'max_eval_examples': -3}, 'MAX_EVAL_EXAMPLES'),
+    ({'z_loss': 'x'}, 'z_loss should be 0 or more'), ({'z_loss': float('nan')}, 'z_loss'),
+    ({'label_smoothing': 1.5}, 'label_smoothing should be at least 0 and less than 1'),
+    ({'parameter_dtype': 'int32'}, 'PARAMETER_DTYPE should be one of float32, bfloat16, int8'),
+    ({'parameter_dtype': 'bf16'}, 'PARAMETER_DTYPE'),
+    ({'method': methods.PromptTuning(0)}, 'PROMPT_LENGTH should be a whole number of at least 1'),
     ({'method': methods.PromptTuning(3, 'inside')}, 'placement')])
 def test_wrong_values_are_told_before_anything_trains(
     tmp_path, tiny_base, reviews, given, message):
   with pytest.raises(ValueError, match=message):
     trained(tmp_path / 'model', tiny_base, reviews, **{'steps': 2, **given})
   assert not list(tmp_path.glob('model/*'))
+
+
+@pytest.mark.parametrize('name', ['rate[0.3]', 'a\\b'])
+def test_a_folder_that_could_not_be_read_back_is_refused(tmp_path, tiny_base, reviews, name):
+  with pytest.raises(ValueError, match='MODEL_DIR may not have'):
+    trained(tmp_path / name, tiny_base, reviews, 2)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_not_resumed_on_other_data_or_another_evaluation(tmp_path, tiny_base, reviews):
+  rows = tmp_path / 'rows.jsonl'
+  rows.write_bytes(reviews.read_bytes())
+  trained(tmp_path / 'model', tiny_base, rows, 2)
+  with pytest.raises(ValueError, match='rank_labels was True and is False'):
+    trained(tmp_path / 'model', tiny_base, rows, 4, rank_labels=False)
+  rows.write_text(reviews.read_text('utf-8').replace('this film', 'that film'), encoding='utf-8')
+  with pytest.raises(ValueError, match='another run: batching was'):
+    trained(tmp_path / 'model', tiny_base, rows, 4)
+  rows.write_bytes(reviews.read_bytes())
+  assert trained(tmp_path / 'model', tiny_base, rows, 4)['steps'] == 4
+
+
+def test_labels_are_kept_where_nothing_is_evaluated(tmp_path, tiny_base, reviews):
+  result = trained(tmp_path / 'model', tiny_base, reviews, 2, eval_period=0)
+  about = prompt_file.load(result['prompt']).metadata
+  assert sorted(about['labels']) == ['bad', 'good'] and about['metric'] is None
+
+
+def test_a_metric_that_is_no_number_stops_nothing(tmp_path, tiny_base, reviews, monkeypatch):
+  """Such as a correlation with answers that are all alike."""
+  monkeypatch.setattr(TokenCache, 'metric_fns', lambda cache: [
+      lambda targets, predictions: {'pearson': float('nan')}])
+  result = trained(tmp_path / 'model', tiny_base, reviews, 4, save_period=2)
+  assert (result['steps'], result['best_value']) == (4, None)
+  assert prompt_file.load(result['prompt']).metadata['metric'] is None
+  assert trained(tmp_path / 'model', tiny_base, reviews, 6, save_period=2)['steps'] == 6
+
+
+def test_too_few_positions_for_evaluation_are_told_before_anything_trains(
+    tmp_path, bpe_file, reviews):
+  """Texts to be generated may be longer than all targets that are trained on."""
+  config = gpt.GPTConfig(vocab_size=301, emb_dim=8, num_heads=2, num_layers=1, head_dim=4,
+                         mlp_dim=16, mlp_activations=('gelu',), logits_via_embedding=True,
+                         max_positions=45, use_bias=True)
+  base = base_checkpoint.random_base(config, str(bpe_file))
+  whole = functools.partial(
+      run.train, TextFile(str(reviews), labels=()), model_dir=str(tmp_path / 'model'),
+      initial_checkpoint_path=base, method=methods.PromptTuning(length=4),
+      optimizer=optimizers.adafactor(), train_steps=2, batch_size=8, inspect=False)
+  with pytest.raises(ValueError, match='The network has 45 positions'):
+    whole(task_feature_lengths={'inputs': 40, 'targets': 40})
+  assert not list(tmp_path.glob('model/*'))
+  assert whole(task_feature_lengths={'inputs': 40, 'targets': 12})['steps'] == 2
 
 
 @pytest.mark.slow

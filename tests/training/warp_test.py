@@ -1,6 +1,7 @@
 """WARP: a prompt and the output vectors of labels train alone, and the file says it all."""
 
 import json
+import types
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from prompt_tuning_jax.checkpoints.base_checkpoint import Base
 from prompt_tuning_jax.data.text_file import TextFile
 from prompt_tuning_jax.data.vocabulary import Vocabulary
 from prompt_tuning_jax.networks import parameters, t5
-from prompt_tuning_jax.training import run
+from prompt_tuning_jax.training import evaluate, run
 from prompt_tuning_jax.training.lightweight import Lora
 from prompt_tuning_jax.training.warp import Warp
 
@@ -64,6 +65,17 @@ def test_what_has_no_vectors_for_labels_is_told(tmp_path, tiny_base, reviews, co
     train(TextFile(str(alike)))
   with pytest.raises(ValueError, match='Expected one task whose targets are labels'):
     train(TextFile(str(reviews), targets='text'))
+
+
+def test_labels_that_targets_have_no_room_for_are_told():
+  words = types.SimpleNamespace(framed=lambda ids, _: [*ids, 1],
+                                encode={'no': [5], 'certainly': [6, 7, 8]}.get)
+  caches = [types.SimpleNamespace(rows=[{'choices': ['no', 'certainly']}],
+                                  meta={'lengths': {'targets': 3}})]
+  with pytest.raises(ValueError, match="'certainly' takes 4 tokens.* targets' length is 3"):
+    evaluate.choices('labels', caches, words, True)
+  caches[0].meta['lengths']['targets'] = 4
+  assert evaluate.choices('labels', caches, words, True).ids == ((5,), (6,))
 
 
 def test_a_lora_changes_an_output_layer_that_is_the_embedding_table():
