@@ -40,8 +40,8 @@ def main():
   results = []
   for vectors in flags.vectors:
     settings = Settings(vectors, flags.steps, flags.learning_rate)
-    steerer = Steerer(prompted.model, prompted.params, words, settings, flags.of_each)
     for length in flags.lengths:
+      steerer = Steerer(prompted.model, prompted.params, words, settings, flags.of_each, length + 1)
       chosen = [ids for ids in encoded if len(ids) == length][:flags.of_each]
       targets = [[*ids, words.eos_id] for ids in chosen]
       began = time.perf_counter()

@@ -44,6 +44,7 @@ def _generating(flags, prompted) -> Callable[[list], list[dict]]:
                for place, row in part]
     else:
       slots = prompted.slots(part)
+    prompted.predictor.check(inputs, slots=slots, places=[place for place, _ in part])
     found = prompted.predictor.generate_with(prompted.params, inputs, decoding, slots, numbers,
                                              control)
     if decoding.num_samples == 1:
@@ -79,22 +80,22 @@ def _ranking(flags, prompted) -> Callable[[list], list[dict]]:
   import functools
 
   from prompt_tuning_jax import ranking
+  from prompt_tuning_jax.predictor import check_distinct
   predictor = prompted.predictor
   prior = functools.cache(lambda labels: predictor.prior(prompted.untuned, labels))
   lengths = functools.cache(lambda labels: [len(ids) for ids in predictor.choice_ids([labels])[0]])
 
   @functools.cache
   def distinct(labels):
-    ids = list(map(tuple, predictor.choice_ids([labels])[0]))
-    if len(set(ids)) < len(ids) or len(labels) < 2:
-      raise ValueError(f'Labels should be two or more that the vocabulary writes differently, got '
-                       f'{list(labels)}.')
+    check_distinct(labels, predictor.choice_ids([labels])[0])
     return labels
 
   def answer(part):
     inputs = [prompted.tokens(place, row, 'input', flags.max_input_length) for place, row in part]
     choices = [distinct(tuple(flags.labels or prompted.labels(place, row))) for place, row in part]
-    ranked = predictor.rank(prompted.params, inputs, choices, prompted.slots(part))
+    slots, places = prompted.slots(part), [place for place, _ in part]
+    predictor.check(inputs, predictor.choice_ids(choices), slots, places)
+    ranked = predictor.rank(prompted.params, inputs, choices, slots)
     answers = []
     for labels, scores in zip(choices, ranked, strict=True):
       shares = ranking.probabilities(scores, prior(labels) if flags.calibrated else None,

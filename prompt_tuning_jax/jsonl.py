@@ -41,7 +41,8 @@ def rows(path: str) -> Iterator[Placed]:
 
 
 def answer_file(source: str, target: str, answer: Callable[[list[Placed]], list[Row]], *,
-                settings: Mapping[str, Any] | None = None) -> int:
+                settings: Mapping[str, Any] | None = None,
+                tell: Callable[[Row], Any] = lambda row: None) -> int:
   """Writes to `target` the rows of `source`, each with what `answer` adds; returns their number.
 
   `answer` gets [(place, row), …] and returns one object a row. `target` appears when it is whole.
@@ -52,6 +53,7 @@ def answer_file(source: str, target: str, answer: Callable[[list[Placed]], list[
   Args:
     settings: what the answers depend on besides the rows, as JSON; answers given under other
       settings are not kept. Without settings every call starts over.
+    tell: is given every row as it was written, those of earlier calls too.
 
   Raises:
     ValueError: for a row that cannot be read, no rows at all, a full disk, a target that is the
@@ -64,11 +66,13 @@ def answer_file(source: str, target: str, answer: Callable[[list[Placed]], list[
   with (open(path, 'rb') as file, _output(path, made, settings) as output,
         _progress(file) as show):
     for part, sha256 in _parts(source, file):
-      is_new = not output.has(len(part), sha256)
-      if is_new:
+      content = output.kept(len(part), sha256)
+      if is_new := content is None:
         answered = zip(part, answer(part), strict=True)
-        lines = [_line(place, {**row, **added}) for (place, row), added in answered]
-        output.add(len(part), sha256, b''.join(lines))
+        content = b''.join(_line(place, {**row, **added}) for (place, row), added in answered)
+        output.add(len(part), sha256, content)
+      for line in content.splitlines():
+        tell(json.loads(line))
       count += len(part)
       show(count, is_new)
     if not count:

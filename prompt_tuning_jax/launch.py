@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
-CACHE = pathlib.Path('~/.cache/prompt_tuning_jax').expanduser()
+CACHE = os.path.expanduser('~/.cache/prompt_tuning_jax')
 EXAMPLE = """
 Any gin name can be set on the command line; text need not be quoted again:
   --gin.MODEL_DIR=/tmp/model   --gin.BATCH_SIZE=8   --gin.optimizers.adafactor.learning_rate=0.1
@@ -134,11 +134,11 @@ def set_up_process() -> None:
   """
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   os.environ.setdefault('GRPC_VERBOSITY', 'ERROR')
-  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(CACHE / 'xla'))
+  if not CACHE.startswith('~'):  # There is a home.
+    os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{CACHE}/xla')
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
-  if 'jax' in sys.modules:  # it has read its environment already
-    config = sys.modules['jax'].config
-    config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])
+  if jax := sys.modules.get('jax'):  # it has read its environment already
+    jax.config.update('jax_compilation_cache_dir', os.environ.get('JAX_COMPILATION_CACHE_DIR'))
   logging.basicConfig(level=logging.WARNING, format='%(message)s', stream=sys.stderr)
   logging.getLogger('absl').setLevel(logging.WARNING)
   # gin calls every folder in which a file is not, before the one in which it is, an error.

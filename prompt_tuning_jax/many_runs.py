@@ -22,6 +22,18 @@ def flags_of(made: argparse.ArgumentParser, seeds: str, required: bool) -> argpa
   return made
 
 
+def parsed(made: argparse.ArgumentParser, argv: Sequence[str],
+           ) -> tuple[argparse.Namespace, list[str]]:
+  """(the flags of the parser, those of `train`).
+
+  To argparse an unknown flag with a space in its value is no flag, but one value more of the flag
+  before it: so those of gin are taken out first.
+  """
+  is_gin = lambda arg: arg.startswith('--gin') and '=' in arg
+  flags, rest = made.parse_known_args([arg for arg in argv if not is_gin(arg)])
+  return flags, [*rest, *filter(is_gin, argv)]
+
+
 def folder_of(argv: Sequence[str]) -> tuple[str, list[str]]:
   """(MODEL_DIR that `argv` gives, the other flags); raises ValueError unless given once."""
   given = [arg.removeprefix(MODEL_DIR).strip('\'"') for arg in argv if arg.startswith(MODEL_DIR)]

@@ -126,6 +126,13 @@ def check_masks(config: Any, inputs: Iterable[Tokens], targets: Iterable[int]) -
                        "as 'It was [MASK]: {}'; a long text that is cut loses what is behind it).")
 
 
+def check_distinct(labels: Sequence[str], ids: Iterable[Sequence[int]]) -> None:
+  """Raises ValueError where two of some labels have the same ids, or there is one alone."""
+  if len(set(map(tuple, ids))) < max(len(labels), 2):
+    raise ValueError('Labels should be two or more that the vocabulary writes differently, got '
+                     f'{list(labels)}.')
+
+
 def check_calibration(config: Any) -> None:
   """Raises ValueError for a masked language model, which says nothing of labels without a text."""
   if config.is_masked_lm:
@@ -312,19 +319,23 @@ class Predictor:
     return np.stack(self._run(inputs, run, targets))
 
   def check(self, inputs: Sequence[Tokens], targets: Sequence[Sequence[Tokens]] | None = None,
-            slots: Sequence[Slot] | None = None) -> None:
+            slots: Sequence[Slot] | None = None, places: Sequence[str] | None = None) -> None:
     """Raises ValueError where the network has no room for an input and what is to be answered.
 
     Args:
-      targets: the ids of every target, or of each choice, of each input; None where texts are
-        generated.
+      targets: ids of the target, or each choice, of each input; None where texts are generated.
+      places: of the inputs, which the error then begins with.
     """
     if targets is None:
       lengths, least = [[n] * len(inputs) for n in (self._max_decode_length, ONE_TOKEN)]
     else:
       lengths = least = [max(map(len, row), default=0) for row in targets]
-    self._check_positions(inputs, lengths, slots)
-    check_masks(self._config, inputs, least)
+    for i, (length, masked) in enumerate(zip(lengths, least, strict=True)):
+      try:
+        check_positions(self._config, [self._length(inputs, slots, i)], [length])
+        check_masks(self._config, [inputs[i]], [masked])
+      except ValueError as error:
+        raise ValueError(f'{places[i]}: {error}' if places else str(error)) from None
 
   def _virtual_of(self, slots: Sequence[Slot] | None, i: int) -> VirtualTokens | None:
     return slots[i].virtual if slots else self._virtual

@@ -138,6 +138,8 @@ def api_keys(flags) -> tuple[str, ...]:
         found = [line.strip() for line in file if line.strip()]
     except FileNotFoundError:
       raise ValueError(f'There is no file {flags.api_key_file}.') from None
+    except UnicodeDecodeError:
+      raise ValueError(f'{flags.api_key_file} is no text in UTF-8: write a key a line.') from None
     if not found:
       raise ValueError(f'{flags.api_key_file} has no key: write one a line.')
     keys += found

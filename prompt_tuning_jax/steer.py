@@ -13,6 +13,7 @@ ABOUT = ('Finds, for each row, the vectors from which the frozen base writes its
 
 def steer(flags, prompted) -> None:
   """Answers the rows of flags.input into flags.output, with a prompt file of each."""
+  import collections
   import json
   import pathlib
 
@@ -25,7 +26,7 @@ def steer(flags, prompted) -> None:
     raise ValueError(f'--folder must be a folder of this machine, got {flags.folder}.')
   settings = Settings(flags.length, flags.steps, flags.learning_rate, seed=flags.seed)
   steerer = Steerer(prompted.model, prompted.params, prompted.vocabulary, settings,
-                    flags.batch_size)
+                    flags.batch_size, flags.max_decode_length)
   folder, base = pathlib.Path(flags.folder), prompted.bank.base
   folder.mkdir(parents=True, exist_ok=True)
   if any(folder.glob('line_*.safetensors')) and not partial_file.beside(flags.output).exists():
@@ -49,12 +50,13 @@ def steer(flags, prompted) -> None:
       _save(folder / f'line_{number}.safetensors', base, found.vectors[i], answers[-1])
     return answers
 
-  jsonl.answer_file(flags.input, flags.output, answer, settings=verb.settings(flags, prompted))
-  rows = [row for _, row in jsonl.rows(flags.output)]
-  mean = lambda values: sum(values) / len(rows)
-  print(json.dumps({'sentences': len(rows),
-                    'exact_match': mean([100.0 * row['recovered'] for row in rows]),
-                    'token_accuracy': mean([row['token_accuracy'] for row in rows])}))
+  totals = collections.Counter()
+  count = jsonl.answer_file(
+      flags.input, flags.output, answer, settings=verb.settings(flags, prompted),
+      tell=lambda row: totals.update(exact_match=100.0 * row['recovered'],
+                                     token_accuracy=row['token_accuracy']))
+  print(json.dumps({'sentences': count, **{name: totals[name] / count for name in (
+      'exact_match', 'token_accuracy')}}))
 
 
 def _target(prompted, place, row, most):

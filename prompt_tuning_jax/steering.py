@@ -63,7 +63,7 @@ class Found:
     loss: [B] float32, nats per token with them.
     accuracy: [B] float32, the share of its tokens that are foretold from those before.
     steps: [B] int32, after how many steps it was recovered, or -1.
-    tokens: [B, S] int32, what the model writes from them, greedily.
+    tokens: [B, max_decode_length] int32, what the model writes from them, greedily.
   """
 
   vectors: Array
@@ -77,10 +77,10 @@ class Steerer:
   """Finds vectors for lists of sentences, a batch at a time."""
 
   def __init__(self, model: PromptedModel, params: PyTree, vocabulary: Any, settings: Settings,
-               batch_size: int = 32):
+               batch_size: int = 32, max_decode_length: int = 64):
     self._config, self._params, self._eos = model.network.config, params, vocabulary.eos_id
-    self._settings, self._batch_size = settings, batch_size
-    self._find = jax.jit(functools.partial(find, model, settings))
+    self._settings, self._batch_size, self._most = settings, batch_size, max_decode_length
+    self._find = jax.jit(functools.partial(find, model, settings, max_decode_length))
 
   def __call__(self, table: Array, inputs: Sequence[Sequence[int]],
                targets: Sequence[Sequence[int]], numbers: Sequence[int] | None = None) -> Found:
@@ -91,12 +91,16 @@ class Steerer:
       numbers: of the sentences, by default their indices.
 
     Raises:
-      ValueError: the network has too few positions, or an input too few masks.
+      ValueError: a text is longer than what is generated, the network has too few positions, or an
+        input too few masks.
     """
     numbers = list(range(len(targets))) if numbers is None else numbers
     lengths = list(map(len, targets))
+    if max(lengths) > self._most:
+      raise ValueError(f'A text has {max(lengths)} tokens, more than max_decode_length, '
+                       f'{self._most}.')
     predictor.check_positions(self._config, [len(ids) + self._settings.length for ids in inputs],
-                              lengths)
+                              [self._most] * len(inputs))
     predictor.check_masks(self._config, inputs, lengths)
     order = sorted(range(len(targets)), key=lambda i: (len(targets[i]), len(inputs[i]), i))
     parts = []
@@ -106,9 +110,6 @@ class Steerer:
       first = start(self._settings, table, [numbers[i] for i in rows])
       found = jax.device_get(self._find(self._params, batch, first, self._eos))
       parts.append(jax.tree.map(lambda leaf, count=len(live): leaf[:count], found))
-    widest = max(part.tokens.shape[1] for part in parts)
-    parts = [part.replace(tokens=np.pad(part.tokens, (
-        (0, 0), (0, widest - part.tokens.shape[1])))) for part in parts]
     back = np.argsort(order)
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[back], *parts)
 
@@ -136,8 +137,8 @@ class _Search:
   best: Found
 
 
-def find(model: PromptedModel, settings: Settings, params: PyTree, batch: Batch, first: Array,
-         eos_id: Array | int) -> Found:
+def find(model: PromptedModel, settings: Settings, max_decode_length: int, params: PyTree,
+         batch: Batch, first: Array, eos_id: Array | int) -> Found:
   """Optimises the vectors of each example of a batch (`batch_of`) from `first` [B, P, D]."""
   optimizer = optax.adam(optax.linear_schedule(settings.learning_rate, 0.0, settings.steps))
   count = len(first)
@@ -156,12 +157,12 @@ def find(model: PromptedModel, settings: Settings, params: PyTree, batch: Batch,
     return _Search(search.step + 1, optax.apply_updates(search.vectors, updates), moments, best)
 
   unknown = Found(first, jnp.full(count, jnp.inf), jnp.zeros(count), jnp.full(count, -1, jnp.int32),
-                  jnp.zeros_like(batch['decoder_target_tokens']))
+                  jnp.zeros((count, max_decode_length), jnp.int32))
   last = jax.lax.while_loop(
       lambda search: (search.step <= settings.steps) & jnp.any(search.best.steps < 0), step,
       _Search(jnp.zeros((), jnp.int32), first, optimizer.init(first), unknown))
   tokens = prompted_model.predict(model, params, batch['encoder_input_tokens'],
-                                  batch['decoder_target_tokens'].shape[1], eos_id=eos_id,
+                                  max_decode_length, eos_id=eos_id,
                                   added=_added(last.best.vectors))
   return last.best.replace(tokens=tokens)
 

@@ -97,7 +97,7 @@ def main(argv: list[str]) -> int:
                             'every combination is trained from each (default 0)', required=False)
   made.add_argument('--vary', action='append', nargs='+', required=True, metavar='NAME_OR_VALUE',
                     help=f'a name of gin, or {FILE}, and the values it takes; may be repeated')
-  flags, rest = made.parse_known_args(argv)
+  flags, rest = many_runs.parsed(made, argv)
 
   def work() -> None:
     given, others = many_runs.folder_of(rest)

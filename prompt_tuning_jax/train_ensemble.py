@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
   """Returns the exit status."""
   made = many_runs.flags_of(verb.bare_parser('train_ensemble', ABOUT),
                             'a prompt is trained from each', required=True)
-  flags, rest = made.parse_known_args(argv)
+  flags, rest = many_runs.parsed(made, argv)
 
   def work() -> None:
     given, others = many_runs.folder_of(rest)

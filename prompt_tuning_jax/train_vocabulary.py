@@ -33,6 +33,8 @@ def main(argv: list[str]) -> int:
     from prompt_tuning_jax.data.plain_text import lines
     from prompt_tuning_jax.data.tokenizer_training import train_tokenizer
     from prompt_tuning_jax.data.vocabulary import Vocabulary, train_vocabulary
+    if flags.kind == 't5' and flags.output.endswith(('.json', '.txt')):
+      raise ValueError(f'--output={flags.output} should end in .model, as SentencePiece files do.')
     if flags.kind != 't5':
       if not flags.output.endswith('.json'):
         raise ValueError(f'--output={flags.output} should end in .json, as tokenizers do.')

@@ -4,7 +4,7 @@ import argparse
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from prompt_tuning_jax import __version__, cloud_storage, launch
 
@@ -122,7 +122,11 @@ def run(made: argparse.ArgumentParser, argv: list[str], body: Callable) -> int:
     for name in ('batch_size', 'max_input_length', 'max_decode_length'):
       if getattr(flags, name) < 1:
         raise ValueError(f'--{name} must be at least 1, got {getattr(flags, name)}.')
-    check_files([flags.input] if flags.input else [], flags.output)
+    check_files([flags.input] if flags.input else [], flags.output,
+                [file for file in (flags.prompt, flags.vocabulary) if file])
+    if flags.output and flags.output.endswith(('.gz', '.csv', '.tsv')):
+      raise ValueError(f'Answers are JSON lines, and {flags.output} would be read as something '
+                       'else: name it FILE.jsonl.')
     from prompt_tuning_jax import prompted_base
     from prompt_tuning_jax.partitioning import Partitioner
     prompts = getattr(flags, 'prompts', None)
@@ -146,6 +150,7 @@ def exit_status(work: Callable[[], None]) -> int:
   $PROMPT_TUNING_JAX_TRACEBACK.
   """
   try:
+    _check_texts(sys.argv)
     work()
   except (ValueError, OSError) as error:
     is_told = isinstance(error, OSError) or launch._is_ours(error)
@@ -155,14 +160,26 @@ def exit_status(work: Callable[[], None]) -> int:
   return 0
 
 
-def check_files(inputs: list[str], output: str | None) -> None:
-  """Raises ValueError, before anything slow, for a file that cannot be read or written."""
+def _check_texts(argv: Sequence[str]) -> None:
+  """Raises ValueError for an argument that is not UTF-8, which Python gives as half characters."""
+  for text in argv:
+    if text.encode('utf-8', 'replace').decode() != text:
+      raise ValueError(f'This is no text in UTF-8: {ascii(text)}.')
+
+
+def check_files(inputs: list[str], output: str | None, others: Sequence[str] = ()) -> None:
+  """Raises ValueError, before anything slow, for a file that cannot be read or written.
+
+  The output may not be an input, or one of the `others` that are read.
+  """
   for name in inputs:
     file = pathlib.Path(cloud_storage.fetch(name))
     if not file.exists():
       raise ValueError(f'There is no file {name}.')
     if file.is_dir() or not os.access(file, os.R_OK):
       raise ValueError(f'Cannot read {name}: it is a folder, or you may not.')
+  if output is not None and os.path.realpath(output) in map(os.path.realpath, (*inputs, *others)):
+    raise ValueError(f'{output} is read, and would be written over: name another --output.')
   if output is None or cloud_storage.is_remote(output):
     return
   file = pathlib.Path(output)

@@ -203,7 +203,7 @@ def test_seeds_are_trained_and_measured_by_one_command(tiny_base, reviews, tmp_p
     (['--gin.run.train.seed=3'], '--seeds alone'), (['--gin.MODEL_DIR=/tmp/other'], 'once')])
 def test_what_is_no_ensemble_is_told_before_training(tmp_path, capsys, flags, said, monkeypatch):
   monkeypatch.setattr(population, 'prepared', lambda arguments: pytest.fail('it trained'))
-  monkeypatch.setattr('prompt_tuning_jax.training.run._checked', lambda tasks: tasks)
+  monkeypatch.setattr('prompt_tuning_jax.training.checks.data', lambda tasks: tasks)
   assert train_ensemble.main(['--seeds', '0', '1', '--gin_file=run/quick_start.gin',
                               f'--gin.MODEL_DIR={tmp_path}', *flags]) == 1
   error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -253,6 +253,10 @@ def test_labels_that_are_one_are_refused(tiny_base, folder, rows, tmp_path, caps
   assert infer.main(['--base', str(tiny_base), '--prompts', str(folder), '--input', source,
                      '--rank', '--output', str(tmp_path / 'o.jsonl'), '--labels', *labels]) == 1
   assert said in capsys.readouterr().err
+  alike = write(tmp_path / 'alike.jsonl', [{'inputs': 'a film', 'targets': text}
+                                           for text in ('bad good', 'bad  good') * 3])
+  assert eval_verb.main(['--base', str(tiny_base), '--input', alike]) == 1
+  assert 'writes differently' in capsys.readouterr().err
 
 
 def test_a_prompt_named_without_any_is_told(tiny_base, rows, tmp_path, capsys):

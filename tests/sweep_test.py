@@ -8,7 +8,7 @@ import statistics
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import launch, many_runs, sweep
+from prompt_tuning_jax import launch, many_runs, sweep, verb
 from prompt_tuning_jax.checkpoints import prompt_file
 from prompt_tuning_jax.training import loop, population
 
@@ -54,6 +54,18 @@ def test_the_table_has_means_and_tells_what_diverged():
   first, second = sweep.table(rows).splitlines()
   assert first.split() == ['a', 'accuracy', '60', '±', '14']
   assert second.split() == ['b', 'accuracy', '80', '(1', 'diverged)']
+
+
+def test_spaces_in_a_flag_of_train_make_it_no_value_of_ours():
+  made = many_runs.flags_of(verb.bare_parser('sweep', ''), '', required=False)
+  made.add_argument('--vary', action='append', nargs='+')
+  lengths = "--gin.TASK_FEATURE_LENGTHS={'inputs': 96, 'targets': 8}"
+  flags, rest = many_runs.parsed(made, [
+      '--gin_file=my runs/a.gin', '--vary', 'A', '1', '2', lengths, '--seeds', '0', '1',
+      '--gin.INPUTS=review: {text}', '--dry_run'])
+  assert (flags.vary, flags.seeds) == ([['A', '1', '2']], [0, 1])
+  assert sorted(rest) == sorted(['--dry_run', '--gin_file=my runs/a.gin', lengths,
+                                 '--gin.INPUTS=review: {text}'])
 
 
 @pytest.mark.parametrize('flags, said', [

@@ -17,6 +17,7 @@ from prompt_tuning_jax.checkpoints import base_checkpoint, hf_safetensors, promp
 from prompt_tuning_jax.checkpoints.atomic_write import atomic_file
 from prompt_tuning_jax.checkpoints.hf_config import VocabularyFile
 from prompt_tuning_jax.data.vocabulary import Vocabulary
+from prompt_tuning_jax.networks import gpt
 from prompt_tuning_jax.prompts import initializers
 
 pytestmark = pytest.mark.usefixtures('token_dir')
@@ -155,7 +156,10 @@ def test_marks_gzip_and_home_are_understood(tmp_path, tiny_base, monkeypatch):
 
 @pytest.mark.parametrize('source, target, message', [
     ('absent.jsonl', 'out.jsonl', 'There is no file'), ('.', 'out.jsonl', 'Cannot read'),
-    ('rows.jsonl', '.', 'it is a folder'), ('rows.jsonl', 'rows.jsonl/out', 'is no folder')])
+    ('rows.jsonl', '.', 'it is a folder'), ('rows.jsonl', 'rows.jsonl/out', 'is no folder'),
+    ('rows.jsonl', 'rows.jsonl', 'is read, and would be written over'),
+    ('rows.jsonl', 'out.jsonl.gz', 'would be read as something else: name it FILE.jsonl'),
+    ('rows.jsonl', 'out.csv', 'would be read as something else')])
 def test_files_are_checked_before_the_base_is_read(
     tmp_path, capsys, monkeypatch, source, target, message):
   monkeypatch.setattr(prompted_base, 'load', lambda *_, **__: pytest.fail('it was read'))
@@ -163,6 +167,36 @@ def test_files_are_checked_before_the_base_is_read(
   assert infer.main(['--base', 'mini', '--input', str(tmp_path / source), '--output',
                      str(tmp_path / target)]) == 1
   assert message in one_line(capsys)
+
+
+def test_a_prompt_is_not_written_over(tmp_path, capsys):
+  rows, prompt = tmp_path / 'rows.jsonl', tmp_path / 'mine.safetensors'
+  write(rows, [{'inputs': 'a film'}])
+  prompt.write_bytes(b'trained')
+  (tmp_path / 'link').symlink_to(prompt)
+  assert infer.main(['--base', 'mini', '--prompt', str(prompt), '--input', str(rows), '--output',
+                     str(tmp_path / 'link')]) == 1
+  assert 'is read, and would be written over' in one_line(capsys)
+  assert prompt.read_bytes() == b'trained'
+
+
+def test_arguments_that_are_no_text_are_told(monkeypatch, capsys):
+  monkeypatch.setattr(sys, 'argv', ['infer', '--labels', '\udcff', 'good'])
+  assert verb.exit_status(lambda: pytest.fail('it began')) == 1
+  assert r"no text in UTF-8: '\udcff'" in one_line(capsys)
+
+
+def test_a_row_that_has_no_room_is_named(tmp_path, bpe_file, capsys):
+  config = gpt.GPTConfig(vocab_size=301, emb_dim=8, num_heads=2, num_layers=1, head_dim=4,
+                         mlp_dim=16, mlp_activations=('gelu',), logits_via_embedding=True,
+                         max_positions=45, use_bias=True, scale_queries=True,
+                         scale_logits=False, has_padding_row=False)
+  base = base_checkpoint.random_base(config, str(bpe_file))
+  base_checkpoint.write(tmp_path / 'gpt', config, base.params, vocabulary=base.vocabulary)
+  write(tmp_path / 'rows.jsonl', [{'inputs': 'a film'}, {'inputs': 'a film ' * 20}])
+  assert infer.main(['--base', str(tmp_path / 'gpt'), '--input', str(tmp_path / 'rows.jsonl'),
+                     '--max_decode_length', '8', '--output', str(tmp_path / 'out.jsonl')]) == 1
+  assert 'rows.jsonl, line 2: The network has 45 positions' in one_line(capsys)
 
 
 def test_errors_of_others_keep_their_traceback(capsys):
@@ -196,6 +230,10 @@ def test_a_failed_vocabulary_leaves_the_old_one(tmp_path, reviews, capsys):
   assert 'bad.txt' in one_line(capsys)
   assert train_vocabulary.main([*command[2:], '--output', str(old / 'below')]) == 1
   assert 'Cannot write' in one_line(capsys)
+  assert train_vocabulary.main([*command[2:], '--output', str(reviews)]) == 1
+  assert 'is read, and would be written over' in one_line(capsys)
+  assert train_vocabulary.main([*command[2:], '--output', str(tmp_path / 'tokenizer.json')]) == 1
+  assert 'should end in .model' in one_line(capsys)
   assert old.read_bytes() == content
   assert sorted(os.listdir(tmp_path)) == ['bad.txt', 'spiece.model']
 

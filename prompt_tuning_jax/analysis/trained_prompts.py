@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from prompt_tuning_jax import cloud_storage
 from prompt_tuning_jax.analysis import similarity
 from prompt_tuning_jax.checkpoints import peft_adapter, prompt_file
 from prompt_tuning_jax.checkpoints.prompt_file import PromptFile
@@ -42,7 +43,7 @@ def read(paths: Iterable[str], target: str | None = None,
   source, nor is what a folder holds of its task. Raises ValueError for a named file that holds no
   soft prompt or belongs to another base; one that was found in a folder is left out.
   """
-  chosen = _read_one(pathlib.Path(target).resolve(), []) if target else None
+  chosen = _read_one(pathlib.Path(cloud_storage.fetch(target)).resolve(), []) if target else None
   prompts, left_out = [chosen] if chosen else [], []
   for path, is_named in _files(paths).items():
     if chosen and path == chosen.path:
@@ -80,15 +81,23 @@ def _files(paths: Iterable[str]) -> dict[pathlib.Path, bool]:
   """{file: whether it was named, not found in a folder}, each file once."""
   files: dict[pathlib.Path, bool] = {}
   for given in paths:
-    path = pathlib.Path(given)
-    if not path.is_dir() or peft_adapter.is_folder(path):
+    path = pathlib.Path(cloud_storage.fetch(given))
+    if _is_one(path):
       files[path.resolve()] = True
       continue
     for found in sorted(path.rglob('*')):
-      is_hidden = any(part.startswith('.') for part in found.relative_to(path).parts)
-      if found.suffix in SUFFIXES and found.is_file() and not is_hidden and not _is_last(found):
+      inside = found.relative_to(path)
+      is_hidden = any(part.startswith('.') for part in inside.parts)
+      is_part = any(_is_one(path / parent) for parent in inside.parents[:-1])
+      if _is_one(found) and not is_hidden and not is_part and not _is_last(found) and (
+          found.is_dir() or found.suffix in SUFFIXES and found.is_file()):
         files.setdefault(found.resolve(), False)
   return files
+
+
+def _is_one(path: pathlib.Path) -> bool:
+  """Whether it is a prompt, as a file or PEFT's folder, and no folder of them."""
+  return not path.is_dir() or peft_adapter.is_folder(path)
 
 
 def _is_last(path: pathlib.Path) -> bool:

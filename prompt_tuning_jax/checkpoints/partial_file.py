@@ -32,7 +32,8 @@ def beside(target: str | os.PathLike) -> pathlib.Path:
 
 
 class PartialFile:
-  """A target in the making, for one process at a time: `has` or `add` every part, then `finish`.
+  """A target in the making, for one process at a time: `kept`, or else `add`, of every part, then
+  `finish`.
 
   `settings` is what the parts depend on besides what they are made from, as JSON. Parts made under
   other settings are not taken; with None, none are. What is there and is not taken stays until the
@@ -81,10 +82,10 @@ class PartialFile:
       logger.info('Starting over: %s was made with another %s.', self._path, ', '.join(changed))
     return False
 
-  def has(self, rows: int, sha256: str) -> bool:
-    """Whether a part is there, after all the parts before it."""
+  def kept(self, rows: int, sha256: str) -> bytes | None:
+    """A part that is there, after all the parts before it; None if it is not."""
     if not self._is_resuming:
-      return False
+      return None
     line = self._old.readline()
     end = _parsed(line).get('end')
     content = b''
@@ -94,10 +95,10 @@ class PartialFile:
       if line.endswith(b'\n'):
         logger.info('The rows after row %d are not those that were answered before.', self._rows)
       self._stop_resuming()
-      return False
+      return None
     self._rows, self._size = self._rows + rows, end
     self._journal_size += len(line)
-    return True
+    return content
 
   def _stop_resuming(self) -> None:
     if self._is_resuming and self._rows:
@@ -166,9 +167,8 @@ class Stream:
   def __exit__(self, *_) -> None:
     self._file.close()
 
-  def has(self, rows: int, sha256: str) -> bool:
+  def kept(self, rows: int, sha256: str) -> None:
     """Nothing is."""
-    return False
 
   def add(self, rows: int, sha256: str, content: bytes) -> None:
     """Writes a part."""

@@ -5,11 +5,14 @@ import lzma
 import zlib
 from collections.abc import Iterator
 
+from prompt_tuning_jax import cloud_storage
+
 
 def lines(paths: list[str], every: int = 1) -> Iterator[str]:
   """Every `every`-th line that is not blank, of text files that may be .gz or .xz."""
   number = 0
   for path in paths:
+    path = cloud_storage.fetch(path)
     opener = {'gz': gzip.open, 'xz': lzma.open}.get(path.rsplit('.', 1)[-1], open)
     try:
       with opener(path, 'rt', encoding='utf-8') as file:

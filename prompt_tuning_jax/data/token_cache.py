@@ -176,10 +176,10 @@ class TokenCache:
 
   @property
   def part(self) -> list:
-    """Which examples these are: their number, and hashes of the folder and what was taken of it."""
-    taken = None if self.taken is None else self.taken.astype(np.int64).tobytes()
-    return [self.num_examples, file_digest.of_json(self.meta['files'])[:16],
-            taken and hashlib.sha256(taken).hexdigest()[:16]]
+    """Which examples these are: their number, and a hash of the files and what is taken of them."""
+    taken = b'' if self.taken is None else self.taken.astype(np.int64).tobytes()
+    digest = hashlib.sha256(file_digest.of_json(self.meta['files']).encode() + taken)
+    return [self.num_examples, digest.hexdigest()[:16]]
 
   def inputs(self, i: int) -> np.ndarray:
     """[n] int32."""
@@ -213,9 +213,9 @@ class TokenCache:
       return [json.loads(line) for i, line in enumerate(file) if kept is None or i in kept]
 
   def row(self, i: int) -> dict[str, Any]:
-    if not self.rows:
-      raise ValueError(f'Task {self.meta["task"]} has no metrics, so its rows were not kept.')
-    return self.rows[i]
+    if self.rows:
+      return self.rows[i]
+    raise ValueError(f'Task {self.meta["task"]} has no metrics, so its rows were not kept.')
 
   def metric_fns(self) -> list[Callable[[list, list], dict[str, float]]]:
     """The task's metrics, functions (targets, predictions) -> {name: value}."""
@@ -224,8 +224,7 @@ class TokenCache:
   def postprocess(self, text: str, row: Mapping[str, Any]) -> Any:
     """What the task's metrics compare with `row['target']`: the text itself by default."""
     text = without_sentinel(text) if self.meta.get('sentinel') else text
-    postprocessor = self.meta['postprocessor']
-    if not postprocessor:
+    if not (postprocessor := self.meta['postprocessor']):
       return text
     example = {**row.get('example', {}), **{k: row[k] for k in FEATURES if k in row}}
     return _function(postprocessor['name'])(

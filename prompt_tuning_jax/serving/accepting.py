@@ -12,7 +12,12 @@ from typing import Any
 import numpy as np
 
 from prompt_tuning_jax.data.vocabulary import Vocabulary
-from prompt_tuning_jax.predictor import ONE_TOKEN, check_calibration, check_masks
+from prompt_tuning_jax.predictor import (
+    ONE_TOKEN,
+    check_calibration,
+    check_distinct,
+    check_masks,
+)
 from prompt_tuning_jax.prompt_bank import PromptBank, Slot
 from prompt_tuning_jax.serving.batching import GENERATE, Row
 from prompt_tuning_jax.serving.programs import Programs, most_labels
@@ -165,7 +170,8 @@ class Acceptance:
     """One row and, to calibrate it with, another: the base alone, without a text."""
     empty = self.vocabulary.framed([], 'inputs')
     shapes = common['served'].programs.shapes
-    labels = self._label_ids(self.labels(request, common['served']))
+    written = self.labels(request, common['served'])
+    labels = self._label_ids(written)
     kind = shapes.label_width(labels)
     if kind is None:
       widest = shapes.label_widths[-1]
@@ -178,6 +184,8 @@ class Acceptance:
     longest = max(map(len, labels))
     config = common['served'].bank.base.config
     with _refused():
+      if len(labels) > 1:
+        check_distinct(written, labels)
       if request.calibrated:
         check_calibration(config)
       check_masks(config, [text for text, _ in texts], [longest] * len(texts))

@@ -92,7 +92,7 @@ async def completions(request: Request) -> Any:
   body, deadline = await _body(request)
   asked = wire.completion(body, deadline)
   engine = request.app.state.engine
-  tickets = submit_all(engine.submit, asked.requests)
+  tickets = submit_all(engine, asked.requests)
   first = asked.requests[0]
   answer = answers.Completion(f'cmpl-{request.state.request_id}', int(time.time()), first.model,
                               first.n)
@@ -109,7 +109,7 @@ async def classify(request: Request) -> Response:
   """POST /v1/classify."""
   body, deadline = await _body(request)
   asked = wire.classification(body, deadline)
-  tickets = submit_all(request.app.state.engine.submit, asked)
+  tickets = submit_all(request.app.state.engine, asked)
   labels = dict(await answered(collected(tickets), tickets, request.receive, deadline))
   ordered = [labels[place] for place in range(len(tickets))]
   used = answers.usage(_prompt_tokens(tickets))

@@ -153,6 +153,12 @@ class Engine:
 
   # What requests call; none of it waits for the device.
 
+  def check_size(self, rows: int) -> None:
+    """Raises BadRequest for more texts than may ever wait: to try again would not help."""
+    if rows > self._settings.max_queue:
+      raise BadRequest(f'The request has {rows} texts, more than the {self._settings.max_queue} '
+                       'that may wait: ask for fewer.')
+
   def submit(self, request: Generation | Classification) -> Ticket:
     """Accepts a request. Raises Refused for all that can be known at once."""
     served = self._served
@@ -160,15 +166,13 @@ class Engine:
       raise Stopping('The server is stopping: try again when it is back.')
     if served is None:
       raise Stopping('The server is starting: try again in some seconds.', retry_after=5)
+    self.check_size(request.rows)
     ids = self._accepts.ids(request.inputs)
     rows = self._accepts.rows(request, served, ids)
     ticket = Ticket(request, len(ids), len(rows), self._cancelled)
     with self._wake:
       if self._status == 'stopping':
         raise Stopping('The server is stopping: try again when it is back.')
-      if len(rows) > self._settings.max_queue:
-        raise BadRequest(f'The request has {len(rows)} texts, more than the '
-                         f'{self._settings.max_queue} that may wait: ask for fewer.')
       if len(self._waiting) + len(rows) > self._settings.max_queue:
         self._waiting = [row for row in self._waiting if not row.owner.closed]
       if len(self._waiting) + len(rows) > self._settings.max_queue:

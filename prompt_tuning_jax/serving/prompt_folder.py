@@ -108,7 +108,8 @@ class PromptFolder:
       elif end in ('.safetensors', '.npy'):
         paths.append((stem, path))
     found = {}
-    for name, path in paths:
+    serving = {(name, stamp.path) for name, stamp in self._seen.items()}
+    for name, path in sorted(paths, key=lambda pair: pair not in serving):
       if not _NAME.fullmatch(name):
         refused[repr(name)[1:-1][:200]] = ("a name may have up to 200 letters, digits, '_', '.' "
                                            "and '-': rename the file.")

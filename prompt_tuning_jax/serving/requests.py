@@ -25,6 +25,11 @@ class Generation:
   place: int = 1  # the number of this text among those of its call, which a seed draws by
   deadline: float | None = None  # time.monotonic() by which it must be answered
 
+  @property
+  def rows(self) -> int:
+    """How many texts wait to be made."""
+    return self.n
+
 
 @dataclass(frozen=True)
 class Classification:
@@ -36,6 +41,11 @@ class Classification:
   length_normalized: bool = False  # log-likelihood / number of tokens, before the softmax
   calibrated: bool = False  # less what the base alone gives the label without a text
   deadline: float | None = None
+
+  @property
+  def rows(self) -> int:
+    """How many texts wait to be measured."""
+    return 1 + self.calibrated
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,18 @@ class Gone(Exception):
   """The client has closed its connection: there is no one to answer."""
 
 
-def submit_all(submit: Callable[[Any], Any], requests: Sequence[Any]) -> list[Any]:
+def submit_all(engine: Any, requests: Sequence[Any]) -> list[Any]:
   """A ticket for every request, or none.
 
   Raises:
-    Refused: one of them is refused; the others are cancelled.
+    Refused: one of them is refused, and the others are cancelled; or all together are more than may
+      ever wait.
   """
+  engine.check_size(sum(request.rows for request in requests))
   tickets = []
   try:
     for request in requests:
-      tickets.append(submit(request))
+      tickets.append(engine.submit(request))
   except BaseException:
     for ticket in tickets:
       ticket.cancel()

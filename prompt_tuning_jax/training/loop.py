@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from prompt_tuning_jax.checkpoints.training_state import TrainingStates
 from prompt_tuning_jax.data.prefetch import Prefetch
-from prompt_tuning_jax.training import report
+from prompt_tuning_jax.training import checks, report
 from prompt_tuning_jax.training.evaluate import Evaluation
 from prompt_tuning_jax.training.progress import Progress
 from prompt_tuning_jax.training.state import TrainState
@@ -44,6 +44,9 @@ class Schedule:
   save_period: int = 0
   log_period: int = 50
   patience: int = 0
+
+  def __post_init__(self):
+    checks.counts(0, **vars(self))
 
 
 @dataclasses.dataclass

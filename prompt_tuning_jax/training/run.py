@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prompt_tuning_jax import cloud_storage, param_paths, predictor
+from prompt_tuning_jax import cloud_storage, param_paths
 from prompt_tuning_jax.analysis import html_report
 from prompt_tuning_jax.checkpoints import (
     atomic_write,
@@ -35,14 +35,13 @@ from prompt_tuning_jax.predictor import Predictor
 from prompt_tuning_jax.prompt_bank import PromptBank
 from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts.weight_changes import combined
-from prompt_tuning_jax.training import evaluate, loop, methods, report
+from prompt_tuning_jax.training import checks, evaluate, loop, methods, report
 from prompt_tuning_jax.training import state as train_state
 from prompt_tuning_jax.training.progress import Progress, Unwritten
 from prompt_tuning_jax.training.step import Recipe
 from prompt_tuning_jax.types import PyTree
 
 logger = logging.getLogger(__name__)
-PARAMETER_DTYPES = ('float32', 'bfloat16', 'int8')
 
 
 def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
@@ -87,13 +86,10 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
   Of several processes all compute, and the first one writes; MODEL_DIR is a folder that all reach.
   Returns MODEL_DIR/report.json, {} in others; raises ValueError for what does not fit, or on NaN.
   """
-  _check(task_feature_lengths, model_dir, dropout_rate, train_steps=(train_steps, 0),
-         batch_size=(batch_size, 1), num_microbatches=(num_microbatches, 1), seed=(seed, 0),
-         eval_period=(eval_period, 0), save_period=(save_period, 0), log_period=(log_period, 0),
-         patience=(patience, 0), eval_batch_size=(eval_batch_size or 1, 1),
-         max_eval_examples=(max_eval_examples or 1, 1))
-  _check_loss(z_loss, label_smoothing)
-  tasks = _checked(mixture.as_mixture(task))
+  schedule = loop.Schedule(train_steps, eval_period, save_period, log_period, patience)
+  checks.arguments(task_feature_lengths, model_dir, dropout_rate, batch_size, num_microbatches,
+                   seed, eval_batch_size, max_eval_examples)
+  tasks = checks.data(mixture.as_mixture(task))
   base = load_base(initial_checkpoint_path, network, vocabulary, parameter_dtype, partitioner, seed,
                    execution)
   words, lengths = Vocabulary.of_base(base, '--gin.VOCABULARY'), dict(task_feature_lengths)
@@ -105,17 +101,16 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
       base.config, dropout_rate=dropout_rate, dtype=activation_dtype), partitioner.mesh.size)
   model = method.model(config)
   virtual = batches.one_each(method.virtual_tokens(config.vocab_size), len(caches))
-  _check_positions(config, caches, virtual)
+  checks.positions(config, caches, virtual)
   added = partitioner.replicate(method.initial(jax.random.key(seed), base, words))
   trainable, frozen = _split(base, added, method)
   base = dataclasses.replace(base, params=None)  # `frozen` and `trainable` hold all there is
-  train_steps = train_steps if trainable else 0
+  schedule = schedule if trainable else dataclasses.replace(schedule, train_steps=0)
   source = _source(batching, tasks, caches, batch_size, seed, virtual)
   predictor = Predictor(model, words, None, eval_batch_size or 2 * batch_size, lengths['targets'],
                         partitioner)
-  evaluator = evaluate.evaluator(
-      *_evaluated(predictor, tasks, virtual, opened, eval_subset) if eval_period else ((), ()),
-      metric, max_eval_examples, rank_labels)
+  evaluator = _evaluator(predictor, tasks, virtual, opened('eval_split', eval_subset), metric,
+                         max_eval_examples, rank_labels) if eval_period else None
   optimizer = getattr(method, 'search', optimizer)  # which may take its place
   state = _place(train_state.create(trainable, optimizer), partitioner)
   described = _described(base, tasks, method, words, source, evaluator, lengths=lengths,
@@ -126,10 +121,9 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
              choices),
       state, frozen, source.batch_at, functools.partial(
           _steps, state=state, frozen=frozen, described=described, model_dir=model_dir,
-          config_text=config_text,
+          config_text=config_text, look=look, schedule=schedule,
           saver=functools.partial(_saver, method, base, tasks, caches, evaluator),
-          evaluator=evaluator, task=tasks.name, per_batch=source.examples_per_batch, look=look,
-          schedule=loop.Schedule(train_steps, eval_period, save_period, log_period, patience))))
+          evaluator=evaluator, task=tasks.name, per_batch=source.examples_per_batch)))
 
 
 def _steps(stop: Callable[[int], bool], *, state: train_state.TrainState, frozen: PyTree,
@@ -190,30 +184,11 @@ def evaluate_ensemble(files: Mapping[str, str], folder: pathlib.Path, *, task: A
 
 def check_ensemble(task: Any, eval_period: int = 1) -> mixture.Mixture:
   """The task as a mixture of one; ValueError where an ensemble's members cannot be compared."""
-  tasks = _checked(mixture.as_mixture(task))
+  tasks = checks.data(mixture.as_mixture(task))
   if len(tasks.tasks) != 1 or not tasks.tasks[0].eval_split or not eval_period:
     raise ValueError('An ensemble is of one task that has an evaluation split, with EVAL_PERIOD '
                      f'above 0, got {tasks.name}.')
   return tasks
-
-
-def _checked(tasks: mixture.Mixture) -> mixture.Mixture:
-  """The tasks; data that is missing is told before a large base is read."""
-  for task in tasks.tasks:
-    if not task.train_split:
-      raise ValueError(f'The task {task.name} has no training split.')
-    for split in filter(None, (task.train_split, task.eval_split)):
-      task.key_parts(split)
-  return tasks
-
-
-def _check_positions(config: Any, caches: Sequence[TokenCache], virtual: Sequence[Any]) -> None:
-  """Raises ValueError where an example is too long for a network with learned positions."""
-  for cache, prompt in zip(caches, virtual, strict=True):
-    inputs = cache.input_lengths + (prompt.length if prompt else 0)
-    predictor.check_positions(config, inputs.tolist(), cache.target_lengths.tolist())
-    predictor.check_masks(config, map(cache.inputs, range(cache.num_examples)),
-                          cache.target_lengths.tolist())
 
 
 def _source(batching: Callable, tasks: mixture.Mixture, caches: list[TokenCache], batch_size: int,
@@ -225,12 +200,12 @@ def _source(batching: Callable, tasks: mixture.Mixture, caches: list[TokenCache]
   return batching(caches, batch_size, seed, virtual, rates=rates)
 
 
-def _evaluated(predictor: Predictor, tasks: mixture.Mixture, virtual: Sequence[Any],
-               opened: Callable, subset: Callable | None) -> tuple[list, list]:
-  """(a predictor with the task's own prompt, its cache) of each task that has what to evaluate."""
+def _evaluator(predictor: Predictor, tasks: mixture.Mixture, virtual: Sequence[Any],
+               caches: Sequence[TokenCache], *settings: Any) -> Any:
+  """The evaluation, with a prompt of its own, of each task that has what to evaluate."""
   predictors = [predictor.placing(prompt) for task, prompt
                 in zip(tasks.tasks, virtual, strict=True) if task.eval_split]
-  return predictors, opened('eval_split', subset)
+  return evaluate.evaluator(predictors, caches, *settings)
 
 
 def _caches(tasks: mixture.Mixture, words: Vocabulary, lengths: Mapping[str, int],
@@ -242,49 +217,13 @@ def _caches(tasks: mixture.Mixture, words: Vocabulary, lengths: Mapping[str, int
   return [subset(cache) for cache in caches] if subset else caches
 
 
-def _check(lengths: Mapping[str, int], model_dir: str, dropout_rate: float,
-           **counts: tuple[int, int]) -> None:
-  """`counts` are values by name, each with the least that it may be."""
-  if not isinstance(model_dir, str) or (
-      '://' in model_dir and not cloud_storage.is_remote(model_dir)):
-    raise ValueError('MODEL_DIR must be a folder of this machine or gs://BUCKET/FOLDER, got '
-                     f'{model_dir!r}.')
-  if set('[]\\') & set(model_dir):
-    raise ValueError('MODEL_DIR may not have [, ] or a backslash in it, which Orbax takes for a '
-                     f'pattern of names, got {model_dir!r}.')
-  if not isinstance(lengths, Mapping) or set(lengths) != {'inputs', 'targets'} or not all(
-      type(length) is int and length > 1 for length in lengths.values()):
-    raise ValueError("TASK_FEATURE_LENGTHS should be such as {'inputs': 512, 'targets': 32}, got "
-                     f'{lengths!r}.')
-  for name, (count, least) in counts.items():
-    if type(count) is not int or not least <= count < 2 ** 63:
-      raise ValueError(f'{name.upper()} should be a whole number from {least} to 2 ** 63 - 1, got '
-                       f'{count!r}.')
-  rows, parts = counts['batch_size'][0], counts['num_microbatches'][0]
-  if rows % parts:
-    raise ValueError(f'BATCH_SIZE should be a multiple of num_microbatches, got {rows} and '
-                     f'{parts}.')
-  if not isinstance(dropout_rate, int | float) or not 0 <= dropout_rate < 1:
-    raise ValueError(f'DROPOUT_RATE should be at least 0 and less than 1, got {dropout_rate!r}.')
-
-
-def _check_loss(z_loss: float, label_smoothing: float) -> None:
-  for name, value, fits, expected in (
-      ('z_loss', z_loss, lambda x: 0 <= x < math.inf, '0 or more'),
-      ('label_smoothing', label_smoothing, lambda x: 0 <= x < 1, 'at least 0 and less than 1')):
-    if not isinstance(value, int | float) or not fits(value):
-      raise ValueError(f'{name} should be {expected}, got {value!r}.')
-
-
 def load_base(path: str | Base | None, network: Any = None, vocabulary: str | None = None,
               dtype: str = 'float32', partitioner: Partitioner = Partitioner(),
               seed: int = 0, execution: Execution = Execution()) -> Base:
   """The base that these arguments of `train` say; one that has been read is it already."""
   if isinstance(path, Base):
     return path
-  if dtype not in PARAMETER_DTYPES:
-    raise ValueError(f'PARAMETER_DTYPE should be one of {", ".join(PARAMETER_DTYPES)}, got '
-                     f'{dtype!r}.')
+  checks.parameter_dtype(dtype)
   processes.meet(partitioner.mesh)
   if path is not None:
     return base_checkpoint.load_base(path, config=network, vocabulary_file=vocabulary, dtype=dtype,

@@ -90,6 +90,9 @@ class FakeEngine:
   def models(self):
     return MODELS
 
+  def check_size(self, rows):
+    assert rows > 0
+
   def submit(self, request):
     if request.model not in {model.name for model in MODELS}:
       raise UnknownModel(f'There is no prompt {request.model!r}.')

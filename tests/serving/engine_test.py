@@ -38,6 +38,7 @@ from prompt_tuning_jax.serving.requests import (
   Stopping,
   UnknownModel,
 )
+from prompt_tuning_jax.serving.waiting import submit_all
 
 SETTINGS = EngineSettings((4,), (16, 32), (LABELS,), LONGEST, DECODED, chunk=5, room=16,
                           poll_seconds=0, max_queue=200)
@@ -133,6 +134,9 @@ def test_a_full_queue_refuses_all_of_a_request_or_nothing(offline, served):
     with pytest.raises(Overloaded) as caught:
       made.submit(Generation('before', 'a', n=2))
     assert caught.value.retry_after and made.health()['queued'] == 3
+    for too_many in ([Generation('before', 'a', n=5)], [Generation('before', 'a', n=2)] * 3):
+      with pytest.raises(BadRequest, match='more than the 4 that may wait'):  # not: try again
+        submit_all(made, too_many)
     made.submit(Generation('end', 'a'))
   made = make(offline, served, max_queue=4)
   asyncio.run(work())

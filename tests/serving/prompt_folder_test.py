@@ -112,6 +112,17 @@ def test_names_that_cannot_be(tmp_path, base):
   assert 'name of the base' in changes.refused['base']
 
 
+def test_a_second_file_of_a_name_does_not_take_the_place_of_the_first(tmp_path, base):
+  write(tmp_path / 'one.safetensors', base)
+  folder, bank = PromptFolder(str(tmp_path)), PromptBank(base)
+  bank = bank.replaced(folder.changes(bank, 32).added)
+  np.save(tmp_path / 'one.npy', np.ones((3, 8), np.float32))  # it sorts before the other
+  changes = folder.changes(bank, 32)
+  assert not changes.added and not changes.removed and 'two prompts' in changes.refused['one']
+  (tmp_path / 'one.safetensors').unlink()
+  assert list(folder.changes(bank, 32).added) == ['one']
+
+
 def test_changed_files_come_again_and_a_broken_one_leaves_the_old_in_place(tmp_path, base):
   first, second = tmp_path / 'first.safetensors', tmp_path / 'second.safetensors'
   write(first, base)
