@@ -56,10 +56,10 @@ def check(flags) -> None:
   files = [flags.input] if flags.input else []
   if not os.path.isdir(flags.prompt):  # what is wrong with a folder is told when it is read
     files.append(flags.prompt)
+  if os.path.realpath(flags.output) == os.path.realpath(flags.prompt):  # a folder, maybe
+    raise ValueError(f'{flags.output} is read, and would be written over: name another --output.')
   verb.check_files(files,
                    os.path.join(flags.output, 'file') if flags.to == 'peft' else flags.output)
-  if os.path.realpath(flags.output) in map(os.path.realpath, [flags.prompt, *files]):
-    raise ValueError(f'--output {flags.output} is what is read: write to another place.')
 
 
 def export(flags) -> None:

@@ -161,7 +161,7 @@ def test_what_cannot_be_is_told_before_the_base_is_read(tmp_path, base, capsys, 
       ('--max_input_length must be', source, 'prompt_embeds', out, '--max_input_length=0'),
       ('it is a folder', source, 'numpy', tmp_path),
       ('is no folder', source, 'peft', source / 'below'),
-      ('is what is read', source, 'prompt_file', source)):
+      ('would be written over', source, 'prompt_file', source)):
     assert reason in refused(capsys, *argv), argv
   assert not out.exists()
 

@@ -23,7 +23,7 @@ def make_cache(count, longest=60, longest_target=7, seed=0, shortest=1, task='ma
   arrays = []
   for ids in (inputs, targets):
     arrays += [np.concatenate(ids).astype(np.int32), np.cumsum([0, *map(len, ids)])]
-  return TokenCache(None, {'task': task, 'vocabulary': 'mini',
+  return TokenCache(None, {'task': task, 'vocabulary': 'mini', 'files': {},
                            'lengths': {'inputs': longest, 'targets': longest_target}}, *arrays)
 
 
@@ -194,7 +194,7 @@ def test_what_cannot_be_packed_is_refused():
 def test_packed_and_bucketed_batches_describe_what_they_depend_on():
   cache = make_cache(20)
   packs, rows = PackedBatches([cache], 2), TrainBatches([cache], 2)
-  assert packs.description == ['packed', *packs.widths, [[20, None]], None] != rows.description
+  assert packs.description == ['packed', *packs.widths, [cache.part], None] != rows.description
   assert packs.num_examples == rows.num_examples == 20
   part = cache.take(np.arange(10))
   other = cache.take(np.arange(1, 11))

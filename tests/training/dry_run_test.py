@@ -72,7 +72,7 @@ def test_a_length_that_cannot_be_is_one_line(length, capsys):
   flags = [*COMMON, '--gin_file=network/t5_1_1_small.gin', '--dry_run']
   assert launch.train([*flags, f'--gin.PROMPT_LENGTH={length}']) == 1
   said = capsys.readouterr().err
-  assert said.startswith("error: A prompt's length must be a whole number of at least 0, got ")
+  assert said.startswith('error: PROMPT_LENGTH should be a whole number of at least 1, got ')
   assert said.count('\n') == 1
 
 

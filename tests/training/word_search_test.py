@@ -249,17 +249,19 @@ def test_labels_are_measured_among_themselves():
 
 def test_labels_are_told_apart_behind_what_targets_begin_with(bart_file, bert_file, tiny_base):
   words = Vocabulary.of_base(base_checkpoint.load_base(tiny_base))
+  meta = {'lengths': {'targets': 40}}
   for labels in (['<extra_id_0> good', '<extra_id_0> bad'], ['good', 'goods'], ['good', 'bad']):
-    cache = types.SimpleNamespace(rows=[{'choices': labels}])
+    cache = types.SimpleNamespace(meta=meta, rows=[{'choices': labels}])
     whole = [(*words.encode(label), words.eos_id) for label in labels]
     found = first_pieces([cache], words)
     assert len({label[-1] for label in found}) == len(labels)
     assert len({label[:-1] for label in found}) == 1
     assert all(label[:len(found[0])] == ids for label, ids in zip(whole, found, strict=True))
-  cache = types.SimpleNamespace(rows=[{'choices': ['<extra_id_0> good', '<extra_id_0> bad', 'a']}])
+  cache = types.SimpleNamespace(
+      meta=meta, rows=[{'choices': ['<extra_id_0> good', '<extra_id_0> bad', 'a']}])
   with pytest.raises(ValueError, match='Labels need first pieces of their own, got <extra_id_0> g'):
     first_pieces([cache], words)
-  cache = types.SimpleNamespace(rows=[{'choices': ['good', 'bad']}])
+  cache = types.SimpleNamespace(meta=meta, rows=[{'choices': ['good', 'bad']}])
   for file, most in ((bart_file, 2), (bert_file, 1)):
     words = Vocabulary(str(file))
     assert first_pieces([cache], words) == tuple(
