@@ -63,9 +63,8 @@ def _file(flags, prompted) -> Answered:
 
   import numpy as np
 
-  from prompt_tuning_jax import jsonl, metrics
+  from prompt_tuning_jax import jsonl, metrics, ranking
   from prompt_tuning_jax.data import text_file
-  from prompt_tuning_jax.predictor import check_distinct
   from prompt_tuning_jax.training import ensemble
   rows = list(jsonl.rows(flags.input))
   if not rows:
@@ -79,8 +78,8 @@ def _file(flags, prompted) -> Answered:
       raise ValueError(f'{place}: the target {target!r} is none of the labels {labels}.')
   measured = metrics.accuracy if labels else metrics.exact_match
   choices = [labels] * len(inputs) if labels and not flags.decode else None
-  if choices:
-    check_distinct(labels, prompted.predictor.choice_ids([labels])[0])
+  if choices and len(labels) > 1:
+    ranking.check_distinct(labels, prompted.predictor.choice_ids([labels])[0])
   _check_search(flags, choices is None)
   predictor, params = prompted.predictor, prompted.params
   predictor.check(inputs, predictor.choice_ids(choices) if choices else None,

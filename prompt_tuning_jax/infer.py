@@ -80,14 +80,13 @@ def _ranking(flags, prompted) -> Callable[[list], list[dict]]:
   import functools
 
   from prompt_tuning_jax import ranking
-  from prompt_tuning_jax.predictor import check_distinct
   predictor = prompted.predictor
   prior = functools.cache(lambda labels: predictor.prior(prompted.untuned, labels))
   lengths = functools.cache(lambda labels: [len(ids) for ids in predictor.choice_ids([labels])[0]])
 
   @functools.cache
   def distinct(labels):
-    check_distinct(labels, predictor.choice_ids([labels])[0])
+    ranking.check_distinct(labels, predictor.choice_ids([labels])[0])
     return labels
 
   def answer(part):

@@ -42,7 +42,7 @@ def rows(path: str) -> Iterator[Placed]:
 
 def answer_file(source: str, target: str, answer: Callable[[list[Placed]], list[Row]], *,
                 settings: Mapping[str, Any] | None = None,
-                tell: Callable[[Row], Any] = lambda row: None) -> int:
+                tell: Callable[[Row], Any] | None = None) -> int:
   """Writes to `target` the rows of `source`, each with what `answer` adds; returns their number.
 
   `answer` gets [(place, row), …] and returns one object a row. `target` appears when it is whole.
@@ -71,7 +71,7 @@ def answer_file(source: str, target: str, answer: Callable[[list[Placed]], list[
         answered = zip(part, answer(part), strict=True)
         content = b''.join(_line(place, {**row, **added}) for (place, row), added in answered)
         output.add(len(part), sha256, content)
-      for line in content.splitlines():
+      for line in content.splitlines() if tell else ():
         tell(json.loads(line))
       count += len(part)
       show(count, is_new)

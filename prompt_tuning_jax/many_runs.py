@@ -27,11 +27,13 @@ def parsed(made: argparse.ArgumentParser, argv: Sequence[str],
   """(the flags of the parser, those of `train`).
 
   To argparse an unknown flag with a space in its value is no flag, but one value more of the flag
-  before it: so those of gin are taken out first.
+  before it: so names without a space stand for those of gin.
   """
-  is_gin = lambda arg: arg.startswith('--gin') and '=' in arg
-  flags, rest = made.parse_known_args([arg for arg in argv if not is_gin(arg)])
-  return flags, [*rest, *filter(is_gin, argv)]
+  given = {f'--gin:{i}': arg for i, arg in enumerate(argv)
+           if arg.startswith('--gin') and '=' in arg}
+  names = {arg: name for name, arg in given.items()}
+  flags, rest = made.parse_known_args([names.get(arg, arg) for arg in argv])
+  return flags, [given.get(arg, arg) for arg in rest]
 
 
 def folder_of(argv: Sequence[str]) -> tuple[str, list[str]]:

@@ -126,13 +126,6 @@ def check_masks(config: Any, inputs: Iterable[Tokens], targets: Iterable[int]) -
                        "as 'It was [MASK]: {}'; a long text that is cut loses what is behind it).")
 
 
-def check_distinct(labels: Sequence[str], ids: Iterable[Sequence[int]]) -> None:
-  """Raises ValueError where two of some labels have the same ids, or there is one alone."""
-  if len(set(map(tuple, ids))) < max(len(labels), 2):
-    raise ValueError('Labels should be two or more that the vocabulary writes differently, got '
-                     f'{list(labels)}.')
-
-
 def check_calibration(config: Any) -> None:
   """Raises ValueError for a masked language model, which says nothing of labels without a text."""
   if config.is_masked_lm:
@@ -259,8 +252,7 @@ class Predictor:
     """The mixed batch in which every example stands with each of its prompts."""
     members = [(ids, slot) for ids, own in zip(inputs, slots, strict=True)
                for slot in control.slots(own)]
-    self._check_positions([ids for ids, _ in members], [self._max_decode_length] * len(members),
-                          [slot for _, slot in members])
+    self.check([ids for ids, _ in members], slots=[slot for _, slot in members])
     batch = batches.batch_of([ids for ids, _ in members], [NO_TARGET] * len(members),
                              [slot.virtual for _, slot in members])
     return batch, self._bank.added([slot for _, slot in members])
@@ -312,11 +304,17 @@ class Predictor:
     """log p of every word as the first of each input's target, in nats: [n, V] float32."""
     begins = self._vocabulary.begins('targets')
     targets = [(*begins, *NO_TARGET)] * len(inputs)
-    self._check_positions(inputs, list(map(len, targets)), None)
+    check_positions(self._config, [self._length(inputs, None, i) for i in range(len(inputs))],
+                    list(map(len, targets)))
     check_masks(self._config, inputs, [ONE_TOKEN] * len(inputs))
     run = lambda _, batch, added: self._first(params, self._partitioner.put_batch(batch),
                                               place=len(begins), added=added)
     return np.stack(self._run(inputs, run, targets))
+
+  @property
+  def is_limited(self) -> bool:
+    """Whether the network may have no room for a text: positions, or masks to fill in."""
+    return self._config.max_positions is not None or self._config.is_masked_lm
 
   def check(self, inputs: Sequence[Tokens], targets: Sequence[Sequence[Tokens]] | None = None,
             slots: Sequence[Slot] | None = None, places: Sequence[str] | None = None) -> None:
@@ -326,6 +324,8 @@ class Predictor:
       targets: ids of the target, or each choice, of each input; None where texts are generated.
       places: of the inputs, which the error then begins with.
     """
+    if not self.is_limited:
+      return
     if targets is None:
       lengths, least = [[n] * len(inputs) for n in (self._max_decode_length, ONE_TOKEN)]
     else:
@@ -344,11 +344,6 @@ class Predictor:
     """How many tokens an input has, its prompt included."""
     virtual = self._virtual_of(slots, i)
     return len(inputs[i]) + (virtual.length if virtual else 0)
-
-  def _check_positions(self, inputs: Sequence[Tokens], targets: Sequence[int],
-                       slots: Sequence[Slot] | None) -> None:
-    check_positions(self._config, [self._length(inputs, slots, i) for i in range(len(inputs))],
-                    targets)
 
   def _run(self, inputs: Sequence[Tokens], run: Callable[[list[int], Batch, Added | None], PyTree],
            targets: Sequence[Tokens] | None = None,

@@ -1,11 +1,18 @@
 """From the scores of choices to an answer: probabilities, and what several prompts say together."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from prompt_tuning_jax.types import Array
+
+
+def check_distinct(labels: Sequence[str], ids: Iterable[Sequence[int]]) -> None:
+  """Raises ValueError where two of some labels have the same ids, or there is one alone."""
+  if len(set(map(tuple, ids))) < max(len(labels), 2):
+    raise ValueError('Labels should be two or more that the vocabulary writes differently, got '
+                     f'{list(labels)}.')
 
 
 def probabilities(log_likelihoods: Array, prior: Array | None = None,

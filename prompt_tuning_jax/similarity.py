@@ -46,8 +46,9 @@ def check(flags) -> None:
   for name in ('top', 'nearest'):
     if getattr(flags, name) < 1:
       raise ValueError(f'--{name} must be at least 1, got {getattr(flags, name)}.')
+  from prompt_tuning_jax import cloud_storage
   from prompt_tuning_jax.checkpoints import peft_adapter
-  is_file = flags.target and not peft_adapter.is_folder(flags.target)
+  is_file = flags.target and not peft_adapter.is_folder(cloud_storage.fetch(flags.target))
   verb.check_files([flags.target] if is_file else [], flags.output)
   verb.check_files([], flags.average)
 

@@ -124,7 +124,7 @@ def run(made: argparse.ArgumentParser, argv: list[str], body: Callable) -> int:
         raise ValueError(f'--{name} must be at least 1, got {getattr(flags, name)}.')
     check_files([flags.input] if flags.input else [], flags.output,
                 [file for file in (flags.prompt, flags.vocabulary) if file])
-    if flags.output and flags.output.endswith(('.gz', '.csv', '.tsv')):
+    if flags.output and flags.output.endswith(('.gz', '.csv', '.tsv', '.npy', '.safetensors')):
       raise ValueError(f'Answers are JSON lines, and {flags.output} would be read as something '
                        'else: name it FILE.jsonl.')
     from prompt_tuning_jax import prompted_base
@@ -161,9 +161,13 @@ def exit_status(work: Callable[[], None]) -> int:
 
 
 def _check_texts(argv: Sequence[str]) -> None:
-  """Raises ValueError for an argument that is not UTF-8, which Python gives as half characters."""
+  """Raises ValueError for an argument that is not UTF-8, which Python gives as half characters.
+
+  The name of a file may be what it is.
+  """
   for text in argv:
-    if text.encode('utf-8', 'replace').decode() != text:
+    is_text = text.encode('utf-8', 'replace').decode() == text
+    if not is_text and not os.path.exists(text.partition('=')[2] or text):
       raise ValueError(f'This is no text in UTF-8: {ascii(text)}.')
 
 
@@ -178,10 +182,11 @@ def check_files(inputs: list[str], output: str | None, others: Sequence[str] = (
       raise ValueError(f'There is no file {name}.')
     if file.is_dir() or not os.access(file, os.R_OK):
       raise ValueError(f'Cannot read {name}: it is a folder, or you may not.')
-  if output is not None and os.path.realpath(output) in map(os.path.realpath, (*inputs, *others)):
-    raise ValueError(f'{output} is read, and would be written over: name another --output.')
   if output is None or cloud_storage.is_remote(output):
     return
+  is_stream = os.path.exists(output) and not os.path.isfile(output)
+  if not is_stream and os.path.realpath(output) in map(os.path.realpath, (*inputs, *others)):
+    raise ValueError(f'{output} is read, and would be written over: name another --output.')
   file = pathlib.Path(output)
   if file.is_dir():
     raise ValueError(f'Cannot write {output}: it is a folder.')

@@ -64,8 +64,7 @@ def test_spaces_in_a_flag_of_train_make_it_no_value_of_ours():
       '--gin_file=my runs/a.gin', '--vary', 'A', '1', '2', lengths, '--seeds', '0', '1',
       '--gin.INPUTS=review: {text}', '--dry_run'])
   assert (flags.vary, flags.seeds) == ([['A', '1', '2']], [0, 1])
-  assert sorted(rest) == sorted(['--dry_run', '--gin_file=my runs/a.gin', lengths,
-                                 '--gin.INPUTS=review: {text}'])
+  assert rest == ['--gin_file=my runs/a.gin', lengths, '--gin.INPUTS=review: {text}', '--dry_run']
 
 
 @pytest.mark.parametrize('flags, said', [

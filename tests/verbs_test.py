@@ -159,7 +159,8 @@ def test_marks_gzip_and_home_are_understood(tmp_path, tiny_base, monkeypatch):
     ('rows.jsonl', '.', 'it is a folder'), ('rows.jsonl', 'rows.jsonl/out', 'is no folder'),
     ('rows.jsonl', 'rows.jsonl', 'is read, and would be written over'),
     ('rows.jsonl', 'out.jsonl.gz', 'would be read as something else: name it FILE.jsonl'),
-    ('rows.jsonl', 'out.csv', 'would be read as something else')])
+    ('rows.jsonl', 'out.csv', 'would be read as something else'),
+    ('rows.jsonl', 'best.safetensors', 'would be read as something else')])
 def test_files_are_checked_before_the_base_is_read(
     tmp_path, capsys, monkeypatch, source, target, message):
   monkeypatch.setattr(prompted_base, 'load', lambda *_, **__: pytest.fail('it was read'))
@@ -180,6 +181,10 @@ def test_a_prompt_is_not_written_over(tmp_path, capsys):
   assert prompt.read_bytes() == b'trained'
 
 
+def test_one_terminal_may_be_read_and_written():
+  verb.check_files([os.devnull], os.devnull)
+
+
 def test_arguments_that_are_no_text_are_told(monkeypatch, capsys):
   monkeypatch.setattr(sys, 'argv', ['infer', '--labels', '\udcff', 'good'])
   assert verb.exit_status(lambda: pytest.fail('it began')) == 1
@@ -197,6 +202,10 @@ def test_a_row_that_has_no_room_is_named(tmp_path, bpe_file, capsys):
   assert infer.main(['--base', str(tmp_path / 'gpt'), '--input', str(tmp_path / 'rows.jsonl'),
                      '--max_decode_length', '8', '--output', str(tmp_path / 'out.jsonl')]) == 1
   assert 'rows.jsonl, line 2: The network has 45 positions' in one_line(capsys)
+  write(tmp_path / 'pairs.jsonl', [{'inputs': 'a', 'targets': text} for text in ('b', 'b' * 60)])
+  assert score.main(['--base', str(tmp_path / 'gpt'), '--input', str(tmp_path / 'pairs.jsonl'),
+                     '--output', str(tmp_path / 'out.jsonl')]) == 1
+  assert 'pairs.jsonl, line 2: The network has 45 positions' in one_line(capsys)
 
 
 def test_errors_of_others_keep_their_traceback(capsys):

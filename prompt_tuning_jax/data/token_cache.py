@@ -21,7 +21,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -204,18 +204,17 @@ class TokenCache:
   @functools.cached_property
   def rows(self) -> list[dict[str, Any]]:
     """What evaluation needs of every row (see `CacheWriter.add`); empty if there is nothing."""
+    return list(self.read_rows())
+
+  def read_rows(self) -> Iterator[dict[str, Any]]:
+    """The same, one after another: there may be too many to be kept."""
     if not (path := self.folder / 'rows.jsonl').exists():
-      return []
+      return
     if 'rows' in self.blocks:
       self.blocks['rows'].check_all()
     kept = None if self.taken is None else set(self.taken.tolist())
     with open(path, encoding='utf-8') as file:
-      return [json.loads(line) for i, line in enumerate(file) if kept is None or i in kept]
-
-  def row(self, i: int) -> dict[str, Any]:
-    if self.rows:
-      return self.rows[i]
-    raise ValueError(f'Task {self.meta["task"]} has no metrics, so its rows were not kept.')
+      yield from (json.loads(line) for i, line in enumerate(file) if kept is None or i in kept)
 
   def metric_fns(self) -> list[Callable[[list, list], dict[str, float]]]:
     """The task's metrics, functions (targets, predictions) -> {name: value}."""

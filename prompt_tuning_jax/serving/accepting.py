@@ -11,13 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from prompt_tuning_jax import ranking
 from prompt_tuning_jax.data.vocabulary import Vocabulary
-from prompt_tuning_jax.predictor import (
-    ONE_TOKEN,
-    check_calibration,
-    check_distinct,
-    check_masks,
-)
+from prompt_tuning_jax.predictor import ONE_TOKEN, check_calibration, check_masks
 from prompt_tuning_jax.prompt_bank import PromptBank, Slot
 from prompt_tuning_jax.serving.batching import GENERATE, Row
 from prompt_tuning_jax.serving.programs import Programs, most_labels
@@ -185,7 +181,7 @@ class Acceptance:
     config = common['served'].bank.base.config
     with _refused():
       if len(labels) > 1:
-        check_distinct(written, labels)
+        ranking.check_distinct(written, labels)
       if request.calibrated:
         check_calibration(config)
       check_masks(config, [text for text, _ in texts], [longest] * len(texts))

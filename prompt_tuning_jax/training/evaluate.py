@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,10 +57,14 @@ def check_labelled(cache: TokenCache) -> None:
                      'with `infer`.')
 
 
-def labels_of(rows: Sequence[Mapping[str, Any]]) -> list[str] | None:
+def labels_of(rows: Iterable[Mapping[str, Any]]) -> list[str] | None:
   """The possible answers that all rows of a cache share; None where they do not."""
-  kinds = {tuple(row.get('choices') or ()) for row in rows}
-  return list(kinds.pop()) or None if len(kinds) == 1 else None
+  kinds = set()
+  for row in rows:
+    kinds.add(tuple(row.get('choices') or ()))
+    if len(kinds) > 1:
+      return None
+  return list(kinds.pop()) or None if kinds else None
 
 
 def first_pieces(caches: Sequence[TokenCache], vocabulary: Any,
@@ -135,18 +139,22 @@ class Evaluator:
     self._predictor, self._cache = predictor, cache
     self._functions = cache.metric_fns()
     self._count = min(cache.num_examples, max_examples or cache.num_examples)
-    self._rows = [cache.row(i) for i in range(self._count)] if self._functions else []
+    self._rows = cache.rows[:self._count] if self._functions else []
     self._texts: list[str] = []
     check_labelled(cache)
     self.task = cache.meta['task']
     self.names = list(self._metrics([row['targets'] for row in self._rows])) or [*SMALLER_IS_BETTER]
     self.metric = _known(metric, self.names, self.task)
+    if predictor.is_limited:
+      self._check_room()
+
+  def _check_room(self) -> None:
     targets = None
     if not self._functions:
-      targets = [[cache.targets(i)] for i in range(self._count)]
+      targets = [[self._cache.targets(i)] for i in range(self._count)]
     elif self.choices:
-      targets = predictor.choice_ids(self.choices)
-    predictor.check(self._inputs, targets)
+      targets = self._predictor.choice_ids(self.choices)
+    self._predictor.check(self._inputs, targets)
 
   @property
   def _inputs(self) -> list[np.ndarray]:

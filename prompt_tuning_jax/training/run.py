@@ -87,8 +87,8 @@ def train(task: Any, task_feature_lengths: Mapping[str, int], model_dir: str,
   Returns MODEL_DIR/report.json, {} in others; raises ValueError for what does not fit, or on NaN.
   """
   schedule = loop.Schedule(train_steps, eval_period, save_period, log_period, patience)
-  checks.arguments(task_feature_lengths, model_dir, dropout_rate, batch_size, num_microbatches,
-                   seed, eval_batch_size, max_eval_examples)
+  checks.arguments(task_feature_lengths, model_dir, dropout_rate, z_loss, label_smoothing, seed,
+                   batch_size, num_microbatches, eval_batch_size, max_eval_examples)
   tasks = checks.data(mixture.as_mixture(task))
   base = load_base(initial_checkpoint_path, network, vocabulary, parameter_dtype, partitioner, seed,
                    execution)
@@ -294,8 +294,8 @@ def _saver(method, base: Base, tasks: mixture.Mixture, caches: Sequence[TokenCac
   for name in ('best', 'last') if processes.is_first() else ():
     atomic_write.recover(folder / name)
   labels = None
-  if len(caches) == 1:
-    labels = evaluator.labels if evaluator else evaluate.labels_of(caches[0].rows)
+  if len(caches) == 1 and processes.is_first():
+    labels = evaluator.labels if evaluator else evaluate.labels_of(caches[0].read_rows())
 
   def save(name: str, trained: PyTree) -> None:
     trained = processes.whole(trained)

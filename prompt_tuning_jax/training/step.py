@@ -12,7 +12,6 @@ from prompt_tuning_jax import param_paths, prompted_model
 from prompt_tuning_jax.partitioning import Partitioner
 from prompt_tuning_jax.prompted_model import Choices, PromptedModel
 from prompt_tuning_jax.prompts import weight_changes
-from prompt_tuning_jax.training import checks
 from prompt_tuning_jax.training.state import TrainState
 from prompt_tuning_jax.training.word_search import WordSearch
 from prompt_tuning_jax.types import Array, Batch, PyTree
@@ -40,10 +39,6 @@ class Recipe:
   num_microbatches: int = 1
   partitioner: Partitioner = Partitioner()
   choices: Choices | None = None
-
-  def __post_init__(self):
-    checks.shares(label_smoothing=self.label_smoothing)
-    checks.shares(float('inf'), z_loss=self.z_loss)
 
   @property
   def guided(self) -> bool:

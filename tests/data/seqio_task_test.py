@@ -43,11 +43,11 @@ def needs_sentence(dataset):
   return dataset.map(lambda row: {'inputs': row['sentence'], 'targets': row['targets']})
 
 def add(name, count, metric_fns=(metrics.accuracy,), first=(), labels=('no', 'yes'), eos=True,
-        features=FEATURES):
+        features=FEATURES, tokenize=seqio.preprocessors.tokenize):
   seqio.TaskRegistry.add(
       name, source=seqio.FunctionDataSource(functools.partial(source, name=name, count=count),
                                             splits=('train', 'validation')),
-      preprocessors=[*first, seqio.preprocessors.tokenize,
+      preprocessors=[*first, tokenize,
                      *([seqio.preprocessors.append_eos_after_trim] if eos else [])],
       output_features=features, metric_fns=list(metric_fns),
       postprocess_fn=functools.partial(label_to_class_id, label_classes=list(labels)))
@@ -61,6 +61,8 @@ add('empty_target', 5, first=(functools.partial(odd, field='targets', value=''),
 add('latin_1', 5, first=(functools.partial(odd, field='inputs', value=b'caf\\xe9 noir'),))
 add('fieldless', 5, first=(needs_sentence,))
 add('hidden', 5, first=(functools.partial(odd, field='targets', value='<unk>'),))
+add('bare', 5, first=(functools.partial(odd, field='targets', value='<unk>'),),
+    tokenize=functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False))
 add('alike', 5, first=(functools.partial(odd, field='targets', value='<under>'),),
     labels=('no', 'yes', '<under>'))
 add('nameless', 3, metric_fns=(lambda targets, predictions: {},))
@@ -102,7 +104,7 @@ def test_another_process_builds_the_cache(tmp_path):
 
 def test_rows_tokens_and_cuts(tmp_path):
   cache = build(tmp_path / 'cache', 'many')
-  assert cache.row(3) == {'inputs': 'many xxx', 'targets': 'yes', 'target': 1,
+  assert cache.rows[3] == {'inputs': 'many xxx', 'targets': 'yes', 'target': 1,
                           'example': {'answers': ['a', '3']}}
   assert cache.inputs(3).tolist() == BYTES.encode('many xxx') + [1]
   assert cache.targets(3).tolist() == BYTES.encode('yes') + [1]
@@ -110,7 +112,7 @@ def test_rows_tokens_and_cuts(tmp_path):
   assert cache.input_lengths.tolist() == [6, 7, 8, 9, 10, 11, 12, 12, 12, 12, 12, 12]
   assert cache.meta['num_cut'] == {'inputs': 5, 'targets': 0}
   assert all(cache.inputs(i)[-1] == 1 for i in range(12))
-  assert cache.postprocess('yes', cache.row(0)) == 1
+  assert cache.postprocess('yes', cache.rows[0]) == 1
 
 
 @pytest.mark.parametrize(('name', 'message'), [
@@ -165,6 +167,8 @@ def test_a_builder_ends_with_the_process_that_started_it(monkeypatch):
 def test_the_first_hidden_label_is_remembered(tmp_path):
   assert build(tmp_path / 'one', 'hidden').meta['first_hidden'] == 2
   assert build(tmp_path / 'other', 'many').meta['first_hidden'] is None
+  bare = build(tmp_path / 'bare', 'bare', lengths={'inputs': 8, 'targets': 16})
+  assert bare.meta['first_hidden'] == 2
   cut = build(tmp_path / 'cut', 'alike', lengths={'inputs': 8, 'targets': 3})
   assert cut.meta['first_hidden'] is None  # '<u', and no more of it than of '<unk>'
   cache = token_cache.open_or_build(SeqioTask('hidden', modules='tasks_for_this_test'), 'train',
@@ -241,11 +245,11 @@ def test_inputs_in_a_template_are_those_of_a_masked_language_model(tmp_path, ber
                 vocabulary={'file': 'bytes', 'extra_ids': 0})
   cut = 0
   for i in range(20):
-    text = template.replace('{}', plain.row(i)['inputs'])
-    assert cache.row(i)['inputs'] == text
+    text = template.replace('{}', plain.rows[i]['inputs'])
+    assert cache.rows[i]['inputs'] == text
     assert cache.inputs(i).tolist() == words.framed(words.encode(text), 'inputs', most)
     assert cache.inputs(i)[0] == cls[0] and words.mask_id == cache.inputs(i)[1]
-    assert cache.targets(i).tolist() == words.framed(words.encode(plain.row(i)['targets']),
+    assert cache.targets(i).tolist() == words.framed(words.encode(plain.rows[i]['targets']),
                                                      'targets')
     cut += len(words.encode(text)) + 2 > most
   assert cache.meta['num_cut'] == {'inputs': cut, 'targets': 0} and 0 < cut
@@ -264,7 +268,7 @@ def test_targets_behind_a_sentinel(tmp_path):
                          lengths={'inputs': 40, 'targets': 8}) for sentinel in (False, True))
   for i in range(20):
     assert marked.targets(i).tolist() == [vocabulary.sentinel(0), *plain.targets(i)]
-    row, without = marked.row(i), plain.row(i)
+    row, without = marked.rows[i], plain.rows[i]
     assert row['choices'] == [f'<extra_id_0> {text}' for text in without['choices']]
     assert row['targets'] == f'<extra_id_0> {without["targets"]}'
     assert row['target'] == without['target'] == marked.postprocess(row['targets'], row)

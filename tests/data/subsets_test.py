@@ -33,7 +33,7 @@ def test_low_data(cache):
   for i, row in enumerate(rows):
     np.testing.assert_array_equal(small.inputs(i), cache.inputs(row))
     np.testing.assert_array_equal(small.targets(i), cache.targets(row))
-    assert small.row(i) == cache.row(row)
+    assert small.rows[i] == cache.rows[row]
   assert firsts(LowData(20, seed=1)(cache)) == rows != firsts(LowData(20, seed=2)(cache))
   assert firsts(LowData(90)(cache)) == list(range(90))
   with pytest.raises(ValueError, match='made, train, has 90 examples, fewer than 91'):
@@ -42,7 +42,7 @@ def test_low_data(cache):
 
 def test_a_part_of_a_part(cache):
   part = LowData(5)(LowData(30)(cache))
-  assert [part.row(i)['inputs'] for i in range(5)] == [f'i{row}' for row in firsts(part)]
+  assert [part.rows[i]['inputs'] for i in range(5)] == [f'i{row}' for row in firsts(part)]
 
 
 def test_few_shot(cache):
@@ -74,7 +74,7 @@ def test_a_label_without_examples_is_told(cache):
 def test_long_inputs(cache):
   long = LongInputs(5)(cache)
   assert firsts(long) == [i for i in range(90) if i % 5 >= 3]
-  assert min(long.input_lengths) == 5 and long.row(0)['inputs'] == 'i3'
+  assert min(long.input_lengths) == 5 and long.rows[0]['inputs'] == 'i3'
   with pytest.raises(ValueError, match='made, train, has no inputs of 7 tokens .*longest has 6'):
     LongInputs(7)(cache)
   with pytest.raises(ValueError, match='whole number of tokens from 1'):

@@ -42,7 +42,7 @@ def build(task, folder, split='train', vocabulary=BYTES, lengths=LENGTHS):
 
 
 def _examples(cache):
-  return [(cache.inputs(i).tolist(), cache.targets(i).tolist(), cache.row(i))
+  return [(cache.inputs(i).tolist(), cache.targets(i).tolist(), cache.rows[i])
           for i in range(cache.num_examples)]
 
 
@@ -60,7 +60,7 @@ def test_every_format_gives_the_text_with_its_end(tmp_path, ending):
           'choices': ['bad', 'good', 'so so']}) for row in rows]
     targets = [row['target'] for row in cache.rows]
     assert [fn(targets, targets) for fn in cache.metric_fns()] == [{'accuracy': 100.}]
-    assert cache.postprocess('good', cache.row(0)) == 'good'
+    assert cache.postprocess('good', cache.rows[0]) == 'good'
 
 
 def test_a_sentencepiece_vocabulary_serves_as_well(tmp_path):
@@ -145,12 +145,12 @@ def test_labels_can_be_given_renamed_and_refused(tmp_path):
   rows = [{'text': 't', 'label': i % 2} for i in range(4)]
   path = write(tmp_path / 'a.jsonl', rows)
   named = build(TextFile(path, path, labels={0: 'bad', 1: 'good', 2: 'so so'}), tmp_path)
-  assert named.row(1)['target'] == 'good'
-  assert named.row(0)['choices'] == ['bad', 'good', 'so so']
+  assert named.rows[1]['target'] == 'good'
+  assert named.rows[0]['choices'] == ['bad', 'good', 'so so']
   turned = build(TextFile(path, path, labels={2: 'so so', 1: 'good', 0: 'bad'}), tmp_path)
-  assert turned.row(0)['choices'] == ['so so', 'good', 'bad']
+  assert turned.rows[0]['choices'] == ['so so', 'good', 'bad']
   free = build(TextFile(path, path, labels=()), tmp_path)
-  assert 'choices' not in free.row(0)
+  assert 'choices' not in free.rows[0]
   for labels in (('0', '2'), ('no',), {'1': 'good'}):
     with pytest.raises(ValueError, match=r"a.jsonl, line [12]: the target '[01]' is none of"):
       build(TextFile(path, path, labels=labels), tmp_path)
@@ -163,7 +163,7 @@ def test_labels_found_in_training_hold_for_evaluation(tmp_path):
   few = write(tmp_path / 'few.jsonl', make_rows(2))
   other = write(tmp_path / 'other.jsonl', make_rows(5, labels=('good', 'ugly')))
   cache = build(TextFile(train, few), tmp_path, 'validation')
-  assert cache.row(0)['choices'] == ['bad', 'good', 'so so']
+  assert cache.rows[0]['choices'] == ['bad', 'good', 'so so']
   with pytest.raises(ValueError, match="other.jsonl, line 2: the target 'ugly' is none of"):
     build(TextFile(train, other), tmp_path, 'validation')
 
@@ -211,7 +211,7 @@ def test_long_rows_are_cut_counted_and_said_once_a_start(tmp_path, caplog):
         'feature lengths and cut.']
   assert [cache.inputs(i).tolist() for i in range(5)] == [
       [*BYTES.encode(text[:7]), 1] for text in texts]
-  assert cache.row(4)['target'] == 'free ' + texts[4]
+  assert cache.rows[4]['target'] == 'free ' + texts[4]
 
 
 def test_more_rows_than_are_tokenised_at_a_time_keep_their_order(tmp_path):

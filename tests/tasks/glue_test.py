@@ -103,10 +103,10 @@ def test_rows(tmp_path, task, split):
   raw = tfds.load(f'glue/{config}:2.0.0', split=tfds_split, download=False).take(40)
   expected = [{key: value.decode() if isinstance(value, bytes) else int(value)
                for key, value in row.items()} for row in raw.as_numpy_iterator()]
-  assert [cache.row(0)['inputs'], cache.row(0)['targets']] == first
+  assert [cache.rows[0]['inputs'], cache.rows[0]['targets']] == first
   assert cache.num_examples == 40 and cache.meta['num_cut'] == {'inputs': 0, 'targets': 0}
   for i, row in enumerate(expected):
-    cached = cache.row(i)
+    cached = cache.rows[i]
     inputs = ' '.join(f'{shown}: {row[feature]}' for shown, feature in fields.items())
     assert cached['inputs'] == inputs == BYTES.decode(cache.inputs(i))
     assert cached['targets'] == labels[row['label']] == BYTES.decode(cache.targets(i))

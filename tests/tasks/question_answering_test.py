@@ -74,7 +74,7 @@ def build(folder, task, split, size):
 def test_golden_rows(tmp_path, task, split):
   inputs, answers, identity = GOLDEN[task, split]
   cache = build(tmp_path / 'cache', task, split, 2)
-  row = cache.row(0)
+  row = cache.rows[0]
   assert row['inputs'] == inputs == BYTES.decode(cache.inputs(0))
   assert row['targets'] == answers[0] == BYTES.decode(cache.targets(0))
   assert row['target'] == answers and row['example']['id'] == identity
@@ -93,7 +93,7 @@ def test_rows(tmp_path, task):
   for i, row in enumerate(raw.take(20).as_numpy_iterator()):
     question, context = (parted(row[key].decode()) for key in ('question', 'context'))
     answers = [parted(text.decode()) for text in row['answers']['text']]
-    cached = cache.row(i)
+    cached = cache.rows[i]
     assert cached['inputs'] == f'question: {question} context: {context}'.replace('  ', ' ')
     assert cached['targets'] == answers[0] and cached['target'] == answers
     assert BYTES.decode(cache.targets(i)) == answers[0]

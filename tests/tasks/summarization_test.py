@@ -30,7 +30,7 @@ def build(folder, task, split, size):
 
 def test_scitldr_golden_row(tmp_path):
   cache, _ = build(tmp_path / 'cache', 'scitldr', 'train', 1)
-  row = cache.row(0)
+  row = cache.rows[0]
   assert row['inputs'] == BYTES.decode(cache.inputs(0)) == (
       'A common way to speed up training of large convolutional networks is to add  computational '
       'units. Training is then performed using data-parallel synchronous Stochastic Gradient '
@@ -48,7 +48,7 @@ def test_scitldr_golden_row(tmp_path):
 
 def test_dialogsum_golden_row(tmp_path):
   cache, raw = build(tmp_path / 'cache', 'dialogsum', 'test', 12)
-  row = cache.row(0)
+  row = cache.rows[0]
   assert row['inputs'].startswith(
       '#Person1#: Are you enjoying your trip to New Orleans?\n#Person2#: Oh, yes. I really like it '
       'here.\n#Person1#: Would you like to do something tonight?\n')
@@ -69,7 +69,7 @@ def test_dialogsum_golden_row(tmp_path):
 def test_xsum_rows(tmp_path, split):
   cache, raw = build(tmp_path / 'cache', 'xsum', split, 12)
   for i, row in enumerate(raw):
-    cached = cache.row(i)
+    cached = cache.rows[i]
     assert cached['inputs'] == row['document'].decode() == BYTES.decode(cache.inputs(i))
     assert cached['targets'] == row['summary'].decode() == BYTES.decode(cache.targets(i))
     assert cached['target'] == [cached['targets']]

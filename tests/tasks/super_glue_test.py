@@ -106,8 +106,8 @@ def measured(cache, predictions):
 def test_rows(tmp_path, task, split):
   labels, names, kept, *first = TASKS[task, split]
   cache = build(tmp_path, task, split, 356 if task == 'axg' else 40)
-  assert [cache.row(0)['inputs'], cache.row(0)['targets']] == first
-  assert cache.row(0)['example'] == kept
+  assert [cache.rows[0]['inputs'], cache.rows[0]['targets']] == first
+  assert cache.rows[0]['example'] == kept
   for i, row in enumerate(cache.rows):
     label = row['example']['label']
     assert row['inputs'] == BYTES.decode(cache.inputs(i))
@@ -187,19 +187,20 @@ def test_wsc_trains_on_right_referents_and_judges_all(tmp_path):
   train, validation, test = (build(tmp_path / split, 'wsc', split) for split in (
       'train', 'validation', 'test'))
   assert (train.num_examples, validation.num_examples, test.num_examples) == (259, 104, 146)
-  row = train.row(0)
+  row = train.rows[0]
   assert row['inputs'] == (
       'I asked Dave to get me my sweater from the other side of the yacht . While he was gone, I '
       'rested my arm on the rail over there and suddenly *it* gave way.')
   assert (row['targets'], row['target']) == ('rail', 1) and 'choices' not in row
   assert {row['target'] for row in train.rows} == {1}
-  row = validation.row(0)
+  row = validation.rows[0]
   assert row['inputs'] == (
       'The stable was very roomy, with four good stalls; a large swinging window opened into the '
       'yard , which made *it* pleasant and airy.')
   assert (row['targets'], row['target']) == ('window', 0)
-  assert test.row(0)['inputs'] == ('Muriel has in her living room a famous painting of a ballerina.'
-                                   ' *She* bought the painting when she was thirty.')
+  assert test.rows[0]['inputs'] == (
+      'Muriel has in her living room a famous painting of a ballerina. *She* bought the painting '
+      'when she was thirty.')
   assert {(row['targets'], row['target']) for row in test.rows} == {('<unk>', -1)}
   for row in [*train.rows, *validation.rows, *test.rows]:
     assert row['inputs'].count('*') == 2

@@ -80,7 +80,7 @@ def test_golden_rows(tmp_path, task, split):
   seqio_builder.build(task, ['prompt_tuning_jax.tasks'], split, {'file': 'bytes', 'extra_ids': 100},
                       {'inputs': 3000, 'targets': 1000}, str(folder), max_examples=20)
   cache = token_cache.open_cache(folder)
-  row = cache.row(0)
+  row = cache.rows[0]
   assert cache.num_examples == 20
   assert row['inputs'] == inputs == BYTES.decode(cache.inputs(0))
   assert row['targets'] == target == row['target'][0] == BYTES.decode(cache.targets(0))

@@ -49,7 +49,7 @@ def build(folder, task, split, size=40):
 @pytest.mark.parametrize('task,split', ROWS, ids=list(map('-'.join, ROWS)))
 def test_rows(tmp_path, task, split):
   cache = build(tmp_path, task, split)
-  assert (cache.row(0)['inputs'], cache.row(0)['targets']) == ROWS[task, split]
+  assert (cache.rows[0]['inputs'], cache.rows[0]['targets']) == ROWS[task, split]
   for row in cache.rows:
     assert '<br' not in row['inputs']
     assert row['targets'] == row['choices'][row['example']['label']]

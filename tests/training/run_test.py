@@ -147,10 +147,21 @@ def test_wrong_values_are_told_before_anything_trains(
 
 
 @pytest.mark.parametrize('name', ['rate[0.3]', 'a\\b'])
-def test_a_folder_that_could_not_be_read_back_is_refused(tmp_path, tiny_base, reviews, name):
+def test_a_folder_that_could_not_be_read_back_is_refused(
+    tmp_path, tiny_base, reviews, name, monkeypatch):
   with pytest.raises(ValueError, match='MODEL_DIR may not have'):
     trained(tmp_path / name, tiny_base, reviews, 2)
   assert not list(tmp_path.iterdir())
+  (tmp_path / name).mkdir()
+  monkeypatch.chdir(tmp_path / name)
+  with pytest.raises(ValueError, match='MODEL_DIR may not have'):
+    trained('model', tiny_base, reviews, 2)
+
+
+def test_numbers_may_be_numpys(tmp_path, tiny_base, reviews):
+  assert trained(tmp_path / 'model', tiny_base, reviews, 2, eval_period=np.int64(2),
+                 eval_batch_size=np.int32(4), z_loss=np.float32(0),
+                 max_eval_examples=0)['steps'] == 2
 
 
 def test_a_run_is_not_resumed_on_other_data_or_another_evaluation(tmp_path, tiny_base, reviews):
