@@ -44,9 +44,8 @@ def _generating(flags, prompted) -> Callable[[list], list[dict]]:
                for place, row in part]
     else:
       slots = prompted.slots(part)
-    prompted.predictor.check(inputs, slots=slots, places=[place for place, _ in part])
     found = prompted.predictor.generate_with(prompted.params, inputs, decoding, slots, numbers,
-                                             control)
+                                             control, [place for place, _ in part])
     if decoding.num_samples == 1:
       return [{'prediction': texts[0].text} for texts in found]
     return [{'prediction': texts[0].text, 'predictions': [each.text for each in texts],
@@ -92,9 +91,8 @@ def _ranking(flags, prompted) -> Callable[[list], list[dict]]:
   def answer(part):
     inputs = [prompted.tokens(place, row, 'input', flags.max_input_length) for place, row in part]
     choices = [distinct(tuple(flags.labels or prompted.labels(place, row))) for place, row in part]
-    slots, places = prompted.slots(part), [place for place, _ in part]
-    predictor.check(inputs, predictor.choice_ids(choices), slots, places)
-    ranked = predictor.rank(prompted.params, inputs, choices, slots)
+    ranked = predictor.rank(prompted.params, inputs, choices, prompted.slots(part),
+                            [place for place, _ in part])
     answers = []
     for labels, scores in zip(choices, ranked, strict=True):
       shares = ranking.probabilities(scores, prior(labels) if flags.calibrated else None,

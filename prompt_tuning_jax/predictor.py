@@ -173,16 +173,17 @@ class Predictor:
     return other
 
   def rank(self, params: PyTree, inputs: Sequence[Tokens], choices: Sequence[Sequence[str]],
-           slots: Sequence[Slot] | None = None) -> list[np.ndarray]:
+           slots: Sequence[Slot] | None = None,
+           places: Sequence[str] | None = None) -> list[np.ndarray]:
     """log p(choice | input) in nats for each choice of each input: one [C] array an input.
 
-    Every input is encoded once, however many choices it has.
+    Every input is encoded once, however many choices it has. `places` are as of `check`.
     """
     ids = self.choice_ids(choices)
     most = max(map(len, ids), default=0)
     together = batches.round_up(max((sum(map(len, row)) for row in ids), default=0),
                                 batches.Buckets().targets)
-    self.check(inputs, ids, slots)
+    self.check(inputs, ids, slots, places)
 
     def run(rows, batch, added):
       put = self._partitioner.put_batch(
@@ -220,7 +221,8 @@ class Predictor:
   def generate_with(self, params: PyTree, inputs: Sequence[Tokens], decoding: DecodingSettings,
                     slots: Sequence[Slot] | None = None,
                     numbers: Sequence[int] | None = None,
-                    control: Weighted | Perturbed | None = None) -> list[list[Generated]]:
+                    control: Weighted | Perturbed | None = None,
+                    places: Sequence[str] | None = None) -> list[list[Generated]]:
     """`decoding.num_samples` texts of each input, with `control` of what they are like.
 
     What is drawn for an input depends on `decoding.seed` and its number (default: its index), not
@@ -228,7 +230,7 @@ class Predictor:
     """
     if control and decoding.num_beams > 1:
       raise ValueError('Control is of tokens that are drawn or the best one: leave out num_beams.')
-    self.check(inputs, slots=slots)
+    self.check(inputs, None, slots, places)
     numbers = range(len(inputs)) if numbers is None else numbers
     search = self._search if decoding.num_beams > 1 else self._draw
 
@@ -293,9 +295,10 @@ class Predictor:
     return jax.tree.map(lambda x: x[:, :decoding.num_samples], found)
 
   def score(self, params: PyTree, inputs: Sequence[Tokens], targets: Sequence[Tokens],
-            slots: Sequence[Slot] | None = None) -> np.ndarray:
+            slots: Sequence[Slot] | None = None,
+            places: Sequence[str] | None = None) -> np.ndarray:
     """log p(target | input) in nats, summed over the target's tokens: [n] float32."""
-    self.check(inputs, [[target] for target in targets], slots)
+    self.check(inputs, [[target] for target in targets], slots, places)
     run = lambda _, batch, added: self._score(params, self._partitioner.put_batch(batch),
                                               added=added)
     return np.array(self._run(inputs, run, targets, slots), np.float32)

@@ -16,9 +16,8 @@ def score(flags, prompted) -> None:
   def answer(part):
     inputs = [prompted.tokens(place, row, 'input', flags.max_input_length) for place, row in part]
     targets = [prompted.tokens(place, row, 'target') for place, row in part]
-    slots, places = prompted.slots(part), [place for place, _ in part]
-    prompted.predictor.check(inputs, [[ids] for ids in targets], slots, places)
-    scores = prompted.predictor.score(prompted.params, inputs, targets, slots)
+    scores = prompted.predictor.score(prompted.params, inputs, targets, prompted.slots(part),
+                                      [place for place, _ in part])
     return [{'log_likelihood': float(value)} for value in scores]
 
   count = jsonl.answer_file(flags.input, flags.output, answer,

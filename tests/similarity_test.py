@@ -10,7 +10,7 @@ import pytest
 from prompt_tuning_jax import launch
 from prompt_tuning_jax import similarity as verb
 from prompt_tuning_jax.analysis import similarity, trained_prompts
-from prompt_tuning_jax.checkpoints import base_checkpoint, prompt_file
+from prompt_tuning_jax.checkpoints import base_checkpoint, peft_adapter, prompt_file
 from prompt_tuning_jax.data.vocabulary import Vocabulary
 
 RELEASED = 'prompt_tuning/pretrained_prompts/t5_1_1_lm100k_base'
@@ -183,6 +183,17 @@ def test_names_are_tasks_and_ends_of_paths_where_those_are_not_unique(tmp_path, 
 def test_prompts_of_other_lengths_are_compared(tmp_path, base):
   paths = [save(tmp_path / f'{n}.safetensors', base, random(0, length=n)) for n in (2, 5)]
   assert len(table_of(*paths, f'--output={tmp_path}/table.csv')) == 1
+
+
+def test_a_peft_folder_is_one_prompt_wherever_it_stands(runs, base, capsys):
+  near = prompt_file.load(runs / 'near' / 'prompts' / 'best.safetensors')
+  peft_adapter.write(runs / 'style', near, 'base', False)
+  found, _, left_out = trained_prompts.read([str(runs)])
+  assert len(found) == 4 and not left_out
+  assert [prompt.path for prompt in found if prompt.path.is_dir()] == [(runs / 'style').resolve()]
+  rows = table_of(runs / 'far' / 'prompts' / 'best.safetensors', f'--target={runs}/style',
+                  f'--output={runs.parent}/ranked.json')
+  assert len(rows) == 1
 
 
 def test_files_that_do_not_belong_are_refused_and_in_folders_left_out(runs, base, capsys):

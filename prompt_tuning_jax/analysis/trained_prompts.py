@@ -82,22 +82,18 @@ def _files(paths: Iterable[str]) -> dict[pathlib.Path, bool]:
   files: dict[pathlib.Path, bool] = {}
   for given in paths:
     path = pathlib.Path(cloud_storage.fetch(given))
-    if _is_one(path):
+    if not path.is_dir() or peft_adapter.is_folder(path):
       files[path.resolve()] = True
       continue
-    for found in sorted(path.rglob('*')):
-      inside = found.relative_to(path)
-      is_hidden = any(part.startswith('.') for part in inside.parts)
-      is_part = any(_is_one(path / parent) for parent in inside.parents[:-1])
-      if _is_one(found) and not is_hidden and not is_part and not _is_last(found) and (
-          found.is_dir() or found.suffix in SUFFIXES and found.is_file()):
+    inside = sorted(path.rglob('*'))
+    adapters = {found for found in inside if found.is_dir() and peft_adapter.is_folder(found)}
+    for found in inside:
+      is_prompt = found in adapters or found.suffix in SUFFIXES and found.is_file()
+      is_hidden = any(part.startswith('.') for part in found.relative_to(path).parts)
+      is_part = not adapters.isdisjoint(found.parents)
+      if is_prompt and not is_hidden and not is_part and not _is_last(found):
         files.setdefault(found.resolve(), False)
   return files
-
-
-def _is_one(path: pathlib.Path) -> bool:
-  """Whether it is a prompt, as a file or PEFT's folder, and no folder of them."""
-  return not path.is_dir() or peft_adapter.is_folder(path)
 
 
 def _is_last(path: pathlib.Path) -> bool:

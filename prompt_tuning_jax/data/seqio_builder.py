@@ -96,12 +96,12 @@ def build(task: str, modules: list[str], split: str, vocabulary: Mapping[str, An
           else _mix(provider, parts, streams, max_examples))
   writer, hidden = CacheWriter(folder), None
   hidden_text = f'{SENTINEL} {HIDDEN}' if sentinel else HIDDEN
-  whole = words.framed(words.encode(hidden_text), 'targets')
-  hidden_target = words.framed(words.encode(hidden_text), 'targets', lengths['targets'])
+  pieces = words.encode(hidden_text)
+  is_whole = len(words.framed(pieces, 'targets')) <= lengths['targets']
+  hidden_target = words.framed(pieces, 'targets', lengths['targets'])
   for inputs, targets, row in rows:
     if hidden is None and np.array_equal(targets, hidden_target) and (
-        len(whole) <= lengths['targets']  # else others may be alike, cut as they are
-        or row is not None and row['targets'] == hidden_text):
+        is_whole or row is not None and row['targets'] == hidden_text):  # others are cut alike
       hidden = writer.num_examples
     writer.add(inputs, targets, row)
   writer.close(**meta, num_cut=cut, tasks=sorted(metas), first_hidden=hidden,
