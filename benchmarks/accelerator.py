@@ -4,37 +4,37 @@
   python benchmarks/accelerator.py --dry_run                              # anywhere: shapes alone
 
 T5 1.1 from small to XXL with random weights in bfloat16 (XXL's in int8), bfloat16 activations,
-dropout, a prompt of 100 before 512 input tokens, 32 target tokens. Each size runs in a process of
-its own. It needs neither TensorFlow nor SeqIO.
+dropout, a prompt of 100 before 512 input tokens, 32 target tokens. Each size has a process of its
+own, and so has PEFT's. It needs neither TensorFlow nor SeqIO.
 
 MFU     4 FLOPs for each parameter and the tokens that it sees (2 forward, 2 backward: a frozen
         weight needs no gradient of its own), over the step's time and the chip's peak. Lookups and
         the products of attention are not counted.
-Roof    the least time that a step can take: XLA's FLOPs over the peak, or its bytes over the
-        memory's bandwidth, whichever is more. XLA counts the body of a loop once, and fused
-        attention not at all, so it counts unrolled networks of one and of two layers with plain
-        attention, compiled; all others lie on the line through them. Bytes are those of the
-        compiled program, in which a fusion counts what it reads and writes.
+Roof    the least time that a step can take: those FLOPs and attention's over the peak, or the bytes
+        of all weights, read forward and backward, over the memory's bandwidth, whichever is more.
 Memory  of the compiled program (arguments and temporaries), and the device's own peak.
-PEFT    the same network in torch: bfloat16, sdpa, torch.compile, dropout, prompt for the encoder
-        alone, AdamW. The two take turns (A B A B …); the ratio is that of their median times.
+PEFT    the same network in torch: bfloat16, sdpa, torch.compile of each block (PyTorch's "regional
+        compilation": a fraction of the minutes that the whole takes), dropout, prompt for the
+        encoder alone, AdamW. The two take turns (A B A B …); the ratio is that of their medians.
 
---dry_run lowers the step for CUDA and for TPUs and, with --compile, compiles it for the machine at
-hand, whose compiler then says what memory it takes; a CPU's computes bfloat16 in float32, so it
-takes more than an accelerator.
+Processes start and compile one size after another or, with --at_once, all together, where the
+device has room for all; steps are timed one at a time. --dry_run lowers the step for CUDA and for
+TPUs and, with --compile, compiles it for the machine at hand, whose compiler then says what memory
+it takes; a CPU's computes bfloat16 in float32, so it takes more than an accelerator.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # torch needs some memory, too
@@ -42,7 +42,7 @@ os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # torch needs s
 import jax
 import jax.numpy as jnp
 import numpy as np
-from turns import take_turns
+import turns
 
 from prompt_tuning_jax import launch, optimizers, param_paths
 from prompt_tuning_jax.networks import int8, parameters
@@ -72,7 +72,7 @@ def configuration(size: str, flags: argparse.Namespace, attention: str) -> Any:
   """The network with the settings of a large one."""
   config = launch.network_named(f't5_1_1_{size}')
   return dataclasses.replace(
-      config, dtype='bfloat16', dropout_rate=flags.dropout_rate, scan_layers=True,
+      config, dtype='bfloat16', dropout_rate=flags.dropout_rate, scan_layers=not flags.unrolled,
       remat_policy=flags.remat_policy, attention=attention)
 
 
@@ -139,17 +139,19 @@ def model_flops(config: Any, flags: argparse.Namespace) -> float:
   return total
 
 
-def xla_cost(config: Any, dtype: str, flags: argparse.Namespace) -> dict[str, float]:
-  """{'flops', 'bytes'} of a step as XLA counts them, from networks of one and two layers."""
-  counted = []
-  for layers in (1, 2):
-    small = dataclasses.replace(config, num_encoder_layers=layers, num_decoder_layers=layers,
-                                scan_layers=False, attention='xla')
-    step, shapes = step_and_shapes(small, dtype, flags)
-    counted.append(step.lower(*shapes).compile().cost_analysis())
-  line = lambda name: counted[0][name] + (config.num_encoder_layers - 1) * (
-      counted[1][name] - counted[0][name])
-  return {'flops': line('flops'), 'bytes': line('bytes accessed')}
+def attention_flops(config: Any, flags: argparse.Namespace) -> float:
+  """Those of queries with keys and of weights with values, of one step: 2 forward, 4 backward."""
+  inputs, targets = flags.prompt_length + flags.input_length, flags.target_length
+  pairs = (config.num_encoder_layers * inputs ** 2
+           + config.num_decoder_layers * (targets ** 2 + targets * inputs))
+  return 6 * 2 * flags.batch_size * config.num_heads * config.head_dim * pairs
+
+
+def weight_bytes(shapes: tuple) -> int:
+  """Of all frozen leaves but the table that is looked up in, read twice."""
+  leaves = param_paths.flatten(shapes[1])
+  return 2 * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for path, of in leaves.items()
+                 if 'token_embedder' not in path for leaf in jax.tree.leaves(of))
 
 
 def memory(compiled: Any) -> dict[str, int]:
@@ -185,16 +187,18 @@ def dry_run(size: str, flags: argparse.Namespace, platforms: dict[str, str]) -> 
   return result
 
 
-def our_run(size: str, flags: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def our_run(size: str, flags: argparse.Namespace) -> tuple[turns.Run, dict[str, Any]]:
   """(a function that takes one step and waits for it, what is known of the step)."""
   config, dtype = configuration(size, flags, 'xla'), parameter_dtype(size, flags)
-  config = Execution(True, flags.remat_policy, flags.attention).applied(config)
+  config = Execution(config.scan_layers, flags.remat_policy, flags.attention).applied(config)
   step, shapes = step_and_shapes(config, dtype, flags)
   start = time.perf_counter()
   compiled = step.lower(*shapes).compile()
   known = {'parameter_dtype': dtype, 'attention': config.attention,
+           'scan_layers': config.scan_layers, 'device': jax.devices()[0].device_kind,
            'seconds_to_compile': time.perf_counter() - start, 'memory': memory(compiled),
-           'model_flops': model_flops(config, flags), 'xla': xla_cost(config, dtype, flags)}
+           'model_flops': model_flops(config, flags),
+           'attention_flops': attention_flops(config, flags), 'weight_bytes': weight_bytes(shapes)}
   state, frozen, batch = arrays(shapes, config.vocab_size)
   held = [state]
 
@@ -205,15 +209,16 @@ def our_run(size: str, flags: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
   return run, known
 
 
-def peft_run(size: str, flags: argparse.Namespace) -> Any:
-  """The same step by PEFT; raises ImportError where it or a GPU for torch is missing."""
+def peft_run(size: str, flags: argparse.Namespace, device: str = 'cuda',
+             ) -> tuple[turns.Run, dict[str, Any]]:
+  """As `our_run`, by PEFT; raises ImportError where it or a GPU for torch is missing."""
   import peft
   import torch
   import transformers
-  if not torch.cuda.is_available():
+  if device == 'cuda' and not torch.cuda.is_available():
     raise ImportError('torch has no GPU')
   config = launch.network_named(f't5_1_1_{size}')
-  with torch.device('cuda'):
+  with torch.device(device):
     torch.set_default_dtype(torch.bfloat16)
     base = transformers.T5ForConditionalGeneration(transformers.T5Config(
         vocab_size=config.vocab_size, d_model=config.emb_dim, d_kv=config.head_dim,
@@ -229,33 +234,62 @@ def peft_run(size: str, flags: argparse.Namespace) -> Any:
     inputs, labels = tokens(flags.input_length), tokens(flags.target_length)
     mask = torch.ones_like(inputs)
   optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-  compiled = torch.compile(model)
+  if flags.peft_compile == 'blocks':
+    for block in (*base.encoder.block, *base.decoder.block):
+      block.compile()
+  elif flags.peft_compile == 'model':
+    model = torch.compile(model)
 
   def run() -> None:
     optimizer.zero_grad()
-    with torch.autocast('cuda', torch.bfloat16):
-      compiled(input_ids=inputs, attention_mask=mask, labels=labels).loss.backward()
+    model(input_ids=inputs, attention_mask=mask, labels=labels).loss.backward()
     optimizer.step()
-    torch.cuda.synchronize()
+    if device == 'cuda':
+      torch.cuda.synchronize()
 
+  return run, {'torch': torch.__version__, 'transformers': transformers.__version__,
+               'peft': peft.__version__, 'compiled': flags.peft_compile}
+
+
+def side(flags: argparse.Namespace) -> turns.Run:
+  """A side's step, after two that compile and warm up; writes what is known of it to --output."""
+  try:
+    run, known = (our_run if flags.side == 'ours' else peft_run)(flags.alone, flags)
+    run()
+    run()
+  except Exception as error:
+    if flags.side == 'ours':
+      raise
+    # Such as out of memory: what is known of ours is not to be lost.
+    run, known = (lambda: None), {'without': f'{type(error).__name__}: {error}'}
+  if flags.side == 'ours':
+    stats = jax.devices()[0].memory_stats() or {}
+    known['peak_bytes'] = stats.get('peak_bytes_in_use')
+  pathlib.Path(flags.output).write_text(json.dumps(known), encoding='utf-8')
   return run
 
 
-def measure(size: str, flags: argparse.Namespace) -> dict[str, Any]:
-  """Times a network's step, PEFT's in turns with it where there is one."""
-  kind = jax.devices()[0].device_kind
-  ours, known = our_run(size, flags)
-  runs, why = {'ours': ours}, None
-  try:
-    runs['peft'] = peft_run(size, flags)
-  except ImportError as error:
-    why = str(error)
-  seconds = take_turns(runs, flags.repeats, before=3)['seconds']
-  medians = {name: statistics.median(times) for name, times in seconds.items()}
-  stats = jax.devices()[0].memory_stats() or {}
-  return {**known, 'device': kind, 'medians': medians, 'seconds': seconds, 'without_peft': why,
-          'peak_bytes': stats.get('peak_bytes_in_use'),
-          **against(peaks(kind), known, medians)}
+def measure(sizes: Sequence[str], flags: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
+  """{size: what is known and was timed}; the processes of these sizes are there all at once."""
+  sides = {size: ('ours', 'peft') if size in flags.peft_sizes else ('ours',) for size in sizes}
+  with contextlib.ExitStack() as stack:
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    file = lambda *of: pathlib.Path(folder, '-'.join(of))
+    runs = {size: {name: stack.enter_context(turns.Apart(
+        __file__, *argv, f'--alone={size}', f'--side={name}', f'--output={file(size, name)}'))
+        for name in of} for size, of in sides.items()}
+    for of_size in runs.values():  # until all are ready
+      turns.take_turns(of_size, repeats=0, before=1)
+    results = {}
+    for size, of_size in runs.items():
+      known, *peft = [json.loads(file(size, name).read_text('utf-8')) for name in of_size]
+      if peft and 'without' in peft[0]:
+        del of_size['peft']
+      seconds = turns.take_turns(of_size, flags.repeats)['seconds']
+      medians = {name: statistics.median(times) for name, times in seconds.items()}
+      results[size] = {**known, 'medians': medians, 'seconds': seconds, 'peft': peft and peft[0],
+                       **against(peaks(known['device']), known, medians)}
+    return results
 
 
 def against(peak: tuple[float, float] | None, known: dict[str, Any],
@@ -263,7 +297,8 @@ def against(peak: tuple[float, float] | None, known: dict[str, Any],
   """MFU, the roof and the ratio to PEFT; None for what cannot be told."""
   time_of, result = medians['ours'], {'mfu': None, 'roof_seconds': None, 'roof': None}
   if peak:
-    of_flops, of_bytes = known['xla']['flops'] / peak[0], known['xla']['bytes'] / peak[1]
+    of_flops = (known['model_flops'] + known['attention_flops']) / peak[0]
+    of_bytes = known['weight_bytes'] / peak[1]
     result = {'mfu': known['model_flops'] / time_of / peak[0],
               'roof_seconds': max(of_flops, of_bytes),
               'roof': 'FLOPs' if of_flops > of_bytes else 'bytes'}
@@ -293,20 +328,12 @@ def table(results: dict[str, dict[str, Any]]) -> str:
                    for row in rows)
 
 
-def in_its_own_process(size: str, argv: list[str]) -> dict[str, Any]:
-  """The result of one network: a process's peak is of all that it has run."""
-  with tempfile.TemporaryDirectory() as folder:
-    output = pathlib.Path(folder, 'result.json')
-    subprocess.run([sys.executable, __file__, *argv, f'--alone={size}', f'--output={output}'],
-                   check=True, stdout=subprocess.DEVNULL)
-    return json.loads(output.read_text('utf-8'))[size]
-
-
 def parser() -> argparse.ArgumentParser:
   made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   add = made.add_argument
   add('--sizes', nargs='+', default=SIZES, choices=SIZES)
   add('--alone', choices=SIZES, help=argparse.SUPPRESS)
+  add('--side', default='ours', choices=('ours', 'peft'), help=argparse.SUPPRESS)
   add('--batch_size', type=int, default=8)
   add('--input_length', type=int, default=512)
   add('--prompt_length', type=int, default=100)
@@ -315,6 +342,10 @@ def parser() -> argparse.ArgumentParser:
   add('--parameter_dtype', choices=('float32', 'bfloat16', 'int8'))
   add('--remat_policy', default='minimal')
   add('--attention', default='auto')
+  add('--unrolled', action='store_true', help='layers are compiled each: longer, and faster steps')
+  add('--peft_sizes', nargs='*', default=SIZES[:-1], choices=SIZES, help='beside which PEFT is run')
+  add('--peft_compile', default='blocks', choices=('blocks', 'model', 'none'))
+  add('--at_once', action='store_true', help='all sizes are on the device together')
   add('--repeats', type=int, default=20)
   add('--dry_run', action='store_true', help='lower for accelerators, from shapes alone')
   add('--compile', action='store_true', help='with --dry_run: compile for this machine, too')
@@ -325,13 +356,16 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
   argv = sys.argv[1:] if argv is None else argv
   flags = parser().parse_args(argv)
+  if flags.alone:
+    return turns.serve(lambda: side(flags))
   if flags.dry_run:
-    results = {size: dry_run(size, flags, PLATFORMS)
-               for size in ([flags.alone] if flags.alone else flags.sizes)}
-  elif flags.alone:
-    results = {flags.alone: measure(flags.alone, flags)}
+    results = {size: dry_run(size, flags, PLATFORMS) for size in flags.sizes}
+  elif flags.at_once:
+    results = measure(flags.sizes, flags, argv)
   else:
-    results = {size: in_its_own_process(size, argv) for size in flags.sizes}
+    results = {}
+    for size in flags.sizes:
+      results |= measure([size], flags, argv)
   print(table(results))
   if flags.output:
     pathlib.Path(flags.output).write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')

@@ -5,7 +5,8 @@ Lester et al. 2021, section 2.2). Rows of one length are corrupted together. Nee
 nor TensorFlow.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -57,14 +58,8 @@ def span_mask(rows: int, length: int, rng: np.random.Generator,
   ways to share the tokens out, with at least one kept token between two spans.
   """
   noise, spans = noise_counts(length, noise_density, mean_span_length)
-  span_lengths = _compositions(rng, rows, noise, spans)
-  # The gaps before the first and after the last span may be empty: composed one longer, each.
-  gap_lengths = _compositions(rng, rows, length - noise + 2, spans + 1)
-  gap_lengths[:, [0, -1]] -= 1
-  run_lengths = np.empty((rows, 2 * spans + 1), np.int64)
-  run_lengths[:, 0::2], run_lengths[:, 1::2] = gap_lengths, span_lengths
-  is_noise = np.tile(np.arange(2 * spans + 1) % 2 == 1, rows)
-  return np.repeat(is_noise, run_lengths.ravel()).reshape(rows, length)
+  dice = [rng.random((rows, count)) for count in (noise - 1, length - noise + 1)]
+  return _mask_of_dice(np.concatenate(dice, axis=1), noise, spans)
 
 
 def span_corruption(tokens: np.ndarray, mask: np.ndarray,
@@ -103,16 +98,52 @@ def with_eos(tokens: np.ndarray, eos: int = EOS) -> np.ndarray:
 
 
 def restore_spans(inputs: np.ndarray, targets: np.ndarray, lowest_sentinel: int) -> np.ndarray:
-  """The tokens [L] that `span_corruption` made one row's inputs and targets of."""
-  spans, sentinel = {}, None
-  for token in targets[:-1].tolist():
-    if token >= lowest_sentinel:
-      sentinel = token
-      spans[sentinel] = []
-    else:
-      spans[sentinel].append(token)
-  restored = [token for piece in inputs[:-1].tolist() for token in spans.get(piece, [piece])]
-  return np.array(restored, np.int32)
+  """The texts that `span_corruption` made inputs and targets of: [N, T], [N, S] -> [N, L] int32.
+
+  Raises ValueError unless both sides have the same sentinels, in order, as many in every row.
+  """
+  inputs, targets = inputs[:, :-1], targets[:, :-1]  # without EOS
+  marked, begins = inputs >= lowest_sentinel, targets >= lowest_sentinel
+  spans = int(np.count_nonzero(marked[:1]))
+  expected = targets[:1, :1] - np.arange(spans)
+  if not spans or any((mark.sum(1) != spans).any() or
+                      (side[mark].reshape(-1, spans) != expected).any()
+                      for side, mark in ((inputs, marked), (targets, begins))):
+    raise ValueError('Inputs and targets do not have the same sentinels, in order.')
+  places, starts = (np.nonzero(mark)[1].reshape(-1, spans) for mark in (marked, begins))
+  mask = _mask_of_runs(np.diff(places, prepend=-1, append=inputs.shape[1]) - 1,
+                       np.diff(starts, append=targets.shape[1]) - 1)
+  tokens = np.empty(mask.shape, np.int32)
+  tokens[~mask], tokens[mask] = inputs[~marked], targets[~begins]
+  return tokens
+
+
+def redrawn_spans(inputs: np.ndarray, targets: np.ndarray, dice: np.ndarray,
+                  meta: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+  """Rows of span corruption with other spans, as many and as much noise as before.
+
+  T5 draws its spans anew in every epoch. A `noise` of `data.batches.TrainBatches`.
+
+  Args:
+    inputs, targets: [N, T] and [N, S] int32, EOS last, no padding.
+    dice: [N, at least T + S] float, uniform: all that decides a row's spans.
+    meta: the token cache's, which tells how many sentinels there are.
+
+  Returns:
+    inputs [N, T] and targets [N, S], int32. Raises ValueError for rows of another objective.
+  """
+  # The first target of a row is the first sentinel, and no other id is as high.
+  first, eos = int(targets[0, 0]), int(targets[0, -1])
+  try:
+    tokens = restore_spans(inputs, targets, first + 1 - meta['vocabulary']['extra_ids'])
+  except ValueError:
+    raise ValueError(
+        'Fresh noise is for span_corruption_… tasks, whose inputs and targets have the same '
+        f'sentinels, got other rows from {meta["task"]}: take batching/buckets.gin.') from None
+  length = tokens.shape[1]
+  spans = (inputs.shape[1] + targets.shape[1] - 2 - length) // 2
+  mask = _mask_of_dice(dice[:, :length], targets.shape[1] - 1 - spans, spans)
+  return span_corruption(tokens, mask, first, eos)
 
 
 def prefix_raw_length(inputs_length: int, targets_length: int) -> int:
@@ -177,11 +208,31 @@ def blocks(ends: Sequence[int] | np.ndarray, length: int,
   return begins[kept >= shortest], kept[kept >= shortest]
 
 
-def _compositions(rng: np.random.Generator, rows: int, total: int, parts: int) -> np.ndarray:
-  """[rows, parts] int64, each row uniform among the ways to write `total` as `parts` >= 1."""
-  order = rng.random((rows, total - 1))
+def _mask_of_dice(dice: np.ndarray, noise: int, spans: int) -> np.ndarray:
+  """What `span_mask` says, of uniform numbers: [N, L] float -> [N, L] bool."""
+  span_lengths = _compositions(dice[:, :noise - 1], spans)
+  # The gaps before the first and after the last span may be empty: composed one longer, each.
+  gap_lengths = _compositions(dice[:, noise - 1:], spans + 1)
+  gap_lengths[:, [0, -1]] -= 1
+  return _mask_of_runs(gap_lengths, span_lengths)
+
+
+def _mask_of_runs(gap_lengths: np.ndarray, span_lengths: np.ndarray) -> np.ndarray:
+  """Kept and noise tokens taking turns: [N, spans + 1], [N, spans] -> [N, L] bool."""
+  rows, spans = span_lengths.shape
+  run_lengths = np.empty((rows, 2 * spans + 1), np.int64)
+  run_lengths[:, 0::2], run_lengths[:, 1::2] = gap_lengths, span_lengths
+  is_noise = np.tile(np.arange(2 * spans + 1) % 2 == 1, rows)
+  return np.repeat(is_noise, run_lengths.ravel()).reshape(rows, -1)
+
+
+def _compositions(order: np.ndarray, parts: int) -> np.ndarray:
+  """Ways to write `total` as `parts` numbers >= 1: [N, total - 1] float -> [N, parts] int64.
+
+  Where `order` is uniform, each row is uniform among these ways.
+  """
   cuts = np.argpartition(order, parts - 2, axis=1)[:, :parts - 1] if parts > 1 else (
-      np.empty((rows, 0), np.int64))
+      np.empty((len(order), 0), np.int64))
   edges = np.pad(np.sort(cuts, axis=1) + 1, ((0, 0), (1, 1)))
-  edges[:, -1] = total
+  edges[:, -1] = order.shape[1] + 1
   return np.diff(edges, axis=1)

@@ -3,7 +3,7 @@
 Texts are tokenised, joined end to end and cut into blocks, so that lengths are full. Prefix LM
 alone joins none, as in T5: each text is cut on its own, and its last block is shorter. The noise of
 an example is always the same: it depends on the texts of its group and on `seed`, so that groups
-can be made in any order and in different processes.
+can be made in any order and in different processes. (`batching/fresh_noise.gin` draws other spans.)
 """
 
 import zlib

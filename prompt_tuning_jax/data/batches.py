@@ -15,7 +15,7 @@ resume is a step.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from prompt_tuning_jax.prompts.virtual_tokens import VirtualTokens
 
 # Batches are not sorted by shorter targets: a label's length would tell the labels apart.
 SHORT_TARGET = 32
+# A cache's rows that are tried with `noise` before training.
+TRIED = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,12 @@ class TrainBatches:
       of its own. Without it the caches are one set of examples.
     process_index, process_count: this process gets rows [i B / n, (i + 1) B / n) of each batch.
     window: in how many batches rows of similar width are brought together.
+    noise: changes rows of one length, anew at every step: (inputs [N, T], targets [N, S], uniform
+      numbers [N, >= T + S], the cache's meta) -> both, as long as before; as
+      `tasks.noise.redrawn_spans` does. By default rows are what the cache has.
+
+  Raises:
+    ValueError: the arguments do not fit, or `noise` does not know what to do with a cache's rows.
   """
 
   caches: Sequence[TokenCache]
@@ -69,6 +77,7 @@ class TrainBatches:
   process_index: int = 0
   process_count: int = 1
   window: int = 64
+  noise: Callable | None = None
 
   def __post_init__(self):
     put = functools.partial(object.__setattr__, self)
@@ -80,6 +89,10 @@ class TrainBatches:
     if self.window < 1:
       raise ValueError(f'Expected window >= 1, got {self.window}.')
     put('_stream', Stream([cache.num_examples for cache in self.caches], self.seed, self.rates))
+    for i, cache in enumerate(self.caches if self.noise else ()):
+      widths = [cache.meta['lengths'][side] for side in ('inputs', 'targets')]
+      some = np.arange(min(TRIED, cache.num_examples))
+      self._rows_of(i, some, widths, np.random.default_rng(0).random((len(some), sum(widths))))
 
   @property
   def num_examples(self) -> int:
@@ -93,7 +106,8 @@ class TrainBatches:
   def description(self) -> list:
     """What decides the batches besides seed and size: a resumed run must have the same."""
     return ['buckets', *map(list, dataclasses.astuple(self.buckets)), self.window,
-            [cache.part for cache in self.caches], self.rates and list(self.rates)]
+            [cache.part for cache in self.caches], self.rates and list(self.rates),
+            *([self.noise.__name__] if self.noise else ())]
 
   def batch_at(self, step: int) -> dict[str, np.ndarray]:
     """This process's rows of batch `step` (from 0)."""
@@ -101,19 +115,31 @@ class TrainBatches:
     widths = _widths(self._input_lengths[rows].max(), self._target_lengths[rows].max(),
                      self.caches, self.buckets)
     local = self.batch_size // self.process_count
-    rows = rows[local * self.process_index:][:local]
+    here = slice(local * self.process_index, local * (self.process_index + 1))
+    # Every process draws for all rows: a row's noise does not depend on who has it.
+    dice = self.noise and np.random.default_rng([self.seed, 4, step]).random(
+        (self.batch_size, sum(widths)))[here]
+    rows = rows[here]
     cache_of = self._stream.source_of(rows)
     longest_prompt = max(v.length if v else 0 for v in self.virtual)
     batch = _empty_batch(local, widths[0] + longest_prompt, widths[1])
     for i in np.unique(cache_of):
       here = np.flatnonzero(cache_of == i)
-      cache, own = self.caches[i], rows[here] - self._stream.firsts[i]
-      cache.check(own)
-      part = _assemble(cache.input_tokens, cache.input_offsets, cache.target_tokens,
-                       cache.target_offsets, own, widths, self.virtual[i])
+      part = self._rows_of(i, rows[here] - self._stream.firsts[i], widths,
+                           None if dice is None else dice[here])
       for name, array in part.items():
         batch[name][here, :array.shape[1]] = array
     return batch
+
+  def _rows_of(self, i: int, rows: np.ndarray, widths: Sequence[int],
+               dice: np.ndarray | None) -> dict[str, np.ndarray]:
+    """The arrays of some rows of cache i, with the noise that `dice` [m, >= T + S] decide."""
+    cache = self.caches[i]
+    cache.check(rows)
+    noise = self.noise and (lambda inputs, targets, same: self.noise(
+        inputs, targets, dice[same], cache.meta))
+    return _assemble(cache.input_tokens, cache.input_offsets, cache.target_tokens,
+                     cache.target_offsets, rows, widths, self.virtual[i], noise)
 
   def rows_at(self, step: int) -> np.ndarray:
     """[B] int64: the examples of batch `step`, numbered through all caches one after another."""
@@ -195,13 +221,23 @@ def side_by_side(candidates: Sequence[Sequence[Sequence[int]]], width: int,
 
 
 def _assemble(input_tokens, input_offsets, target_tokens, target_offsets, rows: np.ndarray,
-              widths: Sequence[int], virtual: VirtualTokens | None) -> dict[str, np.ndarray]:
-  """The arrays of some rows of one cache, `widths` being those of text and targets."""
+              widths: Sequence[int], virtual: VirtualTokens | None,
+              noise: Callable | None = None) -> dict[str, np.ndarray]:
+  """The arrays of some rows of one cache, `widths` being those of text and targets.
+
+  `noise` takes inputs, targets and the places of rows that are of one length.
+  """
   encoder = _padded(input_tokens, input_offsets, rows, widths[0])
-  if virtual is not None and virtual.length:
-    encoder = _with_prompt(encoder, input_offsets[rows + 1] - input_offsets[rows], virtual)
   targets = _padded(target_tokens, target_offsets, rows, widths[1])
+  input_lengths = input_offsets[rows + 1] - input_offsets[rows]
   lengths = target_offsets[rows + 1] - target_offsets[rows]
+  if noise is not None:
+    both = input_lengths * (widths[1] + 1) + lengths
+    for pair in np.unique(both):
+      same, (n, m) = np.flatnonzero(both == pair), divmod(int(pair), widths[1] + 1)
+      encoder[same, :n], targets[same, :m] = noise(encoder[same, :n], targets[same, :m], same)
+  if virtual is not None and virtual.length:
+    encoder = _with_prompt(encoder, input_lengths, virtual)
   shifted = np.zeros_like(targets)
   shifted[:, 1:] = targets[:, :-1]
   return {'encoder_input_tokens': encoder, 'decoder_input_tokens': shifted,

@@ -272,12 +272,13 @@ class MultiHeadAttention(nn.Module):
                inputs_kv: Array) -> list[Array] | None:
     """The kernels [D, N, H] of cross-attention that `attend_to_inputs`; None where it should not.
 
-    It should where that is less work, and where nobody else wants the keys and values.
+    It should where that is less work, and where nobody else wants the keys and values. A fused
+    kernel does: beside it, all of the many small products and what lies between them is slow.
     """
     queries, keys, dim = inputs_q.shape[1], inputs_kv.shape[1], self.head_dim
     wanted = (self.is_initializing() or self.has_variable('cross_cache', 'cached_key')
               or any(map(self.is_mutable_collection, ('cross_cache', 'intermediates'))))
-    if wanted or queries * (keys + dim) >= keys * dim:
+    if wanted or self.implementation != 'xla' or queries * (keys + dim) >= keys * dim:
       return None
     kernels = [projection.plain_kernel() for projection in projections]
     if any(kernel is None for kernel in kernels):

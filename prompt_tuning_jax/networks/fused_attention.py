@@ -39,6 +39,16 @@ def chosen(attention: str, config: Any, backend: str, devices: int = 1) -> str:
   return attention
 
 
+def with_mask(implementation: str, bias: Array, mask: Array) -> tuple[Array, Array | None]:
+  """Bias [1, N, T, S] and mask [B, 1, T, S] of many layers, as `attend` had best get them.
+
+  The kernels have no mask but a bias [B, N, T, S], which is too large to be made in every layer.
+  """
+  if implementation == 'xla':
+    return bias, mask
+  return jnp.where(mask, bias, jnp.asarray(masks.MASKED, bias.dtype)), None
+
+
 def attend(implementation: str, query: Array, key: Array, value: Array, bias: Array | None,
            mask: Array | None) -> Array:
   """`attention.attend`: query [B, N, T, H], key [B, N, H, S], value [B, N, S, H] -> [B, N, T, H].

@@ -20,10 +20,19 @@ from prompt_tuning_jax.networks import fused_attention
 from prompt_tuning_jax.networks.layers import check_settings
 from prompt_tuning_jax.types import Array, PyTree
 
+
+def _is_product(primitive: Any, *args: Any, **kwargs: Any) -> bool:
+  """Whether a value is that of a product with weights, or of cuDNN's attention.
+
+  Of that, the backward pass needs an array no larger than a product's.
+  """
+  return (primitive.name.startswith('dot_product_attention_fwd') or
+          jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims(primitive, *args, **kwargs))
+
+
 # What the forward pass keeps for the backward pass, under T5X's names: all that JAX would, the
 # products with weights, or a layer's inputs alone. What is not kept is computed again.
-REMAT_POLICIES = {'none': None,
-                  'minimal': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+REMAT_POLICIES = {'none': None, 'minimal': _is_product,
                   'full': jax.checkpoint_policies.nothing_saveable}
 _SCANNED = ('params', 'changes', 'cache', 'cross_cache', 'intermediates')
 _ONE, _ALL = re.compile(r'(?<=/)layers_(\d+)(?=/)'), re.compile(r'(?<=/)layers(?=/)')

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen import partitioning
 
-from prompt_tuning_jax.networks import layer_stack, layers, masks
+from prompt_tuning_jax.networks import fused_attention, layer_stack, layers, masks
 from prompt_tuning_jax.networks.adapters import Adapters
 from prompt_tuning_jax.networks.attention import MultiHeadAttention
 from prompt_tuning_jax.networks.prefix import Prefix
@@ -115,7 +115,7 @@ class EncoderLayer(nn.Module):
   def __call__(self, x: Array, own: tuple[Array | int, None], tokens: Array, bias: Array,
                mask: Array, deterministic: bool, virtual_embeddings: Array | None, prefix: Prefix,
                adapters: Adapters) -> tuple[Array, None]:
-    """x: [B, T, D], tokens: [B, T], bias: [1, N, T, T], mask: [B, 1, T, T] -> [B, T, D]."""
+    """x: [B, T, D], tokens: [B, T], bias: [1 or B, N, T, T], mask: [B, 1, T, T] -> [B, T, D]."""
     cfg, (layer, _) = self.config, own
     drop = functools.partial(layers.dropout(cfg.dropout_rate), deterministic=deterministic)
     x = layers.virtual_of_layer(x, tokens, virtual_embeddings, layer, cfg.vocab_size)
@@ -139,7 +139,8 @@ class Encoder(nn.Module):
     del segments  # Their tokens are as far apart as in the row.
     cfg = self.config
     positions = jnp.arange(x.shape[1])
-    bias = _position_bias(cfg, bidirectional=True)(positions, positions)
+    bias, mask = fused_attention.with_mask(
+        cfg.attention, _position_bias(cfg, bidirectional=True)(positions, positions), mask)
     x = layers.dropout(cfg.dropout_rate)(x, deterministic=deterministic)
     stack = layer_stack.make(EncoderLayer, cfg, cfg.num_encoder_layers, static=(6,), shared=7,
                              name='layers')

@@ -10,6 +10,8 @@ import pytest
 from prompt_tuning_jax.networks import attention, masks
 
 B, N, T, S, H, D = 2, 3, 4, 6, 5, 8
+pytestmark = pytest.mark.usefixtures('exact_products')
+
 RNG = np.random.default_rng(0)
 
 

@@ -12,6 +12,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from prompt_tuning_jax.networks import attention, fused_attention, layers, t5
 
+pytestmark = pytest.mark.usefixtures('exact_products')
+
 RNG = np.random.default_rng(0)
 CONFIG = t5.T5Config(vocab_size=40, emb_dim=16, num_heads=2, num_encoder_layers=1,
                      num_decoder_layers=1, head_dim=8, mlp_dim=32, dtype='bfloat16')
@@ -85,6 +87,20 @@ def test_the_kernel_of_tpus():
   with pltpu.force_tpu_interpret_mode():
     plain, fused = both('pallas', example(9, 130))
   assert_close(plain, fused, 1e-4)
+
+
+@pytest.mark.parametrize('queries, keys', [(5, 7), (33, 130)])
+def test_the_kernel_of_gpus(queries, keys):
+  """cuDNN itself, in bfloat16, as near to float32 arithmetic as plain attention in bfloat16 is."""
+  if jax.default_backend() != 'gpu':
+    pytest.skip('needs an NVIDIA GPU: JAX_PLATFORMS=cuda pytest …')
+  rounded = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(jnp.bfloat16),
+                         example(queries, keys))
+  exact = both('xla', jax.tree.map(lambda x: x if x.dtype == bool else x.astype(jnp.float32),
+                                   rounded))[0]
+  plain, fused = both('cudnn', rounded)
+  assert_close(exact, plain, 0.05)
+  assert_close(exact, fused, 0.05)
 
 
 def test_a_step_of_decoding_is_not_fused():

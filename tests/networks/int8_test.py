@@ -13,6 +13,8 @@ from prompt_tuning_jax import param_paths, prompted_model
 from prompt_tuning_jax.networks import int8, layer_stack, parameters, t5
 from prompt_tuning_jax.prompted_model import Added, PromptedModel
 
+pytestmark = pytest.mark.usefixtures('exact_products')
+
 RNG = np.random.default_rng(0)
 CONFIG = t5.T5Config(vocab_size=40, emb_dim=24, num_heads=2, num_encoder_layers=2,
                      num_decoder_layers=2, head_dim=8, mlp_dim=32)

@@ -1,11 +1,14 @@
 """Span corruption and prefix LM against the paper's numbers, and nothing is lost."""
 
+import zlib
+
 import numpy as np
 import pytest
 
 from prompt_tuning_jax.tasks import noise
 
 FIRST_SENTINEL = 32099
+META = {'task': 'nli', 'vocabulary': {'extra_ids': 100}}
 
 
 def spans_of(mask: np.ndarray) -> np.ndarray:
@@ -55,8 +58,57 @@ def test_every_token_can_be_restored(length):
     used = [t for t in targets[row].tolist() if t >= 32000]
     assert used == [FIRST_SENTINEL - k for k in range(spans)]
     assert used == [t for t in inputs[row].tolist() if t >= 32000]
-    restored = noise.restore_spans(inputs[row], targets[row], lowest_sentinel=32000)
-    np.testing.assert_array_equal(restored, tokens[row])
+  restored = noise.restore_spans(inputs, targets, lowest_sentinel=32000)
+  np.testing.assert_array_equal(restored, tokens)
+  assert restored.dtype == np.int32
+
+
+def test_the_noise_of_caches_stays():
+  """A cache that is built again has the rows that it had."""
+  mask = noise.span_mask(50, 143, np.random.default_rng(7))
+  assert zlib.crc32(np.packbits(mask).tobytes()) == 3982902811
+
+
+@pytest.mark.parametrize('length', [2, 7, 100, 568])
+@pytest.mark.parametrize('density,mean_span', [(0.15, 3), (0.5, 10)])
+def test_redrawn_spans_are_of_the_same_texts_and_as_many(length, density, mean_span):
+  rng = np.random.default_rng(3)
+  tokens = rng.integers(2, 32000, size=(2000, length), dtype=np.int32)
+  sides = noise.span_corruption(tokens, noise.span_mask(2000, length, rng, density, mean_span),
+                                FIRST_SENTINEL, eos=5)
+  dice = rng.random((2000, sum(side.shape[1] for side in sides)))
+  redrawn = noise.redrawn_spans(*sides, dice, META)
+  for before, after in zip(sides, redrawn, strict=True):
+    assert before.shape == after.shape and after.dtype == np.int32 and (after[:, -1] == 5).all()
+    assert ((before >= 32000).sum(1) == (after >= 32000).sum(1)).all()
+  np.testing.assert_array_equal(noise.restore_spans(*redrawn, 32000), tokens)
+  # Noise is where it is in masks that are drawn at once.
+  share = [(noise.restore_spans(*_marked(both), 32000) == 2).mean(0) for both in (sides, redrawn)]
+  assert abs(share[0] - share[1]).max() < 0.06
+  again = noise.redrawn_spans(*redrawn, dice, META)  # Which noise there was does not matter.
+  for one, other in zip(redrawn, again, strict=True):
+    np.testing.assert_array_equal(one, other)
+
+
+def _marked(sides: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
+  """The same spans of a text that is 2 where there is noise, and else 3."""
+  return [np.where(side >= 32000, side, text) for side, text in zip(sides, (3, 2), strict=True)]
+
+
+def test_rows_of_another_objective_are_not_redrawn():
+  a, b = FIRST_SENTINEL, FIRST_SENTINEL - 1
+  dice = np.zeros((1, 20))
+  for inputs, targets in (
+      ([7, a, 8, 1], [9, 1]),  # no sentinels in targets
+      ([7, 8, 1], [a, 9, 1]), ([1], [a, 9, 1]), ([7, a, 1], [1]), ([7, 1], [8, 1]),
+      ([7, a, 8, b, 1], [a, 9, 1]), ([7, a, 1], [a, 9, b, 6, 1]), ([7, b, 1], [b, a, 1]),
+      ([7, b, 8, a, 1], [a, 6, b, 5, 1]), ([7, a, 8, b, 1], [9, a, 6, b, 1])):
+    with pytest.raises(ValueError, match='same sentinels, got other rows from nli: take batching/'):
+      noise.redrawn_spans(np.array([inputs]), np.array([targets]), dice, META)
+  rows = [np.array([[7, a, 8, 1], row]) for row in ([7, 8, 9, 1], [7, b, 8, 1])]
+  for inputs in rows:  # One row of many.
+    with pytest.raises(ValueError, match='other rows'):
+      noise.redrawn_spans(inputs, np.array([[a, 9, 1]] * 2), np.zeros((2, 20)), META)
 
 
 def test_corruption_by_hand():
