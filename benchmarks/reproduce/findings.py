@@ -28,6 +28,7 @@ import claims
 import runs
 
 from prompt_tuning_jax import launch, verb
+from prompt_tuning_jax.checkpoints import base_checkpoint
 from prompt_tuning_jax.checkpoints.atomic_write import atomic_file
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -161,7 +162,8 @@ def main(argv: Sequence[str]) -> int:
   launch.set_up_process()
 
   def work() -> None:
-    folders = {'': flags.base, **dict(text.split('=', 1) for text in flags.bases)}
+    folders = {'': flags.base, **{name: name for name in base_checkpoint.bundled_bases()},
+               **dict(text.split('=', 1) for text in flags.bases)}
     known: dict[str, runs.Base] = {}
     for name in flags.findings:
       if name == COUNTED:

@@ -14,7 +14,8 @@ from prompt_tuning_jax.training import run
 
 SETTINGS = findings.SETTINGS
 BASE = runs.Base('mini', '0' * 64, 10)
-BASES = {name: BASE for name in ('', '0', '10', '50', '100', 'small', 'medium', 'large')}
+BASES = {'': BASE, **{name: BASE for table in SETTINGS['findings'].values()
+                      for name in table.get('bases', ())}}
 SWAPPED = {claims.HOLDS: claims.CONTRARY, claims.CONTRARY: claims.HOLDS, claims.OPEN: claims.OPEN}
 
 
