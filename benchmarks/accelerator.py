@@ -18,7 +18,8 @@ PEFT    the same network in torch: bfloat16, sdpa, torch.compile of each block (
         encoder alone, AdamW. The two take turns (A B A B …); the ratio is that of their medians.
 
 Processes start and compile one size after another or, with --at_once, all together, where the
-device has room for all; steps are timed one at a time. --dry_run lowers the step for CUDA and for
+device has room for all (kernels are then chosen on a busy device); steps are timed one at a time.
+A side that fails is told, and the others go on. --dry_run lowers the step for CUDA and for
 TPUs and, with --compile, compiles it for the machine at hand, whose compiler then says what memory
 it takes; a CPU's computes bfloat16 in float32, so it takes more than an accelerator.
 """
@@ -195,7 +196,8 @@ def our_run(size: str, flags: argparse.Namespace) -> tuple[turns.Run, dict[str, 
   start = time.perf_counter()
   compiled = step.lower(*shapes).compile()
   known = {'parameter_dtype': dtype, 'attention': config.attention,
-           'scan_layers': config.scan_layers, 'device': jax.devices()[0].device_kind,
+           'scan_layers': config.scan_layers, 'xla_flags': os.environ.get('XLA_FLAGS', ''),
+           'device': jax.devices()[0].device_kind,
            'seconds_to_compile': time.perf_counter() - start, 'memory': memory(compiled),
            'model_flops': model_flops(config, flags),
            'attention_flops': attention_flops(config, flags), 'weight_bytes': weight_bytes(shapes)}
@@ -257,11 +259,8 @@ def side(flags: argparse.Namespace) -> turns.Run:
     run, known = (our_run if flags.side == 'ours' else peft_run)(flags.alone, flags)
     run()
     run()
-  except Exception as error:
-    if flags.side == 'ours':
-      raise
-    # Such as out of memory: what is known of ours is not to be lost.
-    run, known = (lambda: None), {'without': f'{type(error).__name__}: {error}'}
+  except ImportError as error:
+    run, known = (lambda: None), {'without': str(error)}
   if flags.side == 'ours':
     stats = jax.devices()[0].memory_stats() or {}
     known['peak_bytes'] = stats.get('peak_bytes_in_use')
@@ -278,18 +277,29 @@ def measure(sizes: Sequence[str], flags: argparse.Namespace, argv: list[str]) ->
     runs = {size: {name: stack.enter_context(turns.Apart(
         __file__, *argv, f'--alone={size}', f'--side={name}', f'--output={file(size, name)}'))
         for name in of} for size, of in sides.items()}
-    for of_size in runs.values():  # until all are ready
-      turns.take_turns(of_size, repeats=0, before=1)
     results = {}
-    for size, of_size in runs.items():
-      known, *peft = [json.loads(file(size, name).read_text('utf-8')) for name in of_size]
-      if peft and 'without' in peft[0]:
-        del of_size['peft']
-      seconds = turns.take_turns(of_size, flags.repeats)['seconds']
-      medians = {name: statistics.median(times) for name, times in seconds.items()}
-      results[size] = {**known, 'medians': medians, 'seconds': seconds, 'peft': peft and peft[0],
-                       **against(peaks(known['device']), known, medians)}
-    return results
+    for size, of_size in runs.items():  # until all are ready
+      for name, run in list(of_size.items()):
+        try:
+          turns.take_turns({name: run}, repeats=0, before=1)
+          known = json.loads(file(size, name).read_text('utf-8'))
+        except SystemExit as error:  # its own message stands above
+          known = {'without': str(error)}
+        results.setdefault(size, {})[name] = known
+        if 'without' in known:
+          of_size.pop(name).__exit__()  # and gives back its memory
+    return {size: timed(of_size, results[size], flags.repeats) for size, of_size in runs.items()}
+
+
+def timed(runs: dict[str, turns.Apart], known: dict[str, Any], repeats: int) -> dict[str, Any]:
+  """What is known of a size, with times of its sides; where ours failed it is 'without'."""
+  ours, peft = known['ours'], known.get('peft')
+  if 'ours' not in runs:
+    return {**ours, 'peft': peft}
+  seconds = turns.take_turns(runs, repeats)['seconds']
+  medians = {name: statistics.median(times) for name, times in seconds.items()}
+  return {**ours, 'medians': medians, 'seconds': seconds, 'peft': peft,
+          **against(peaks(ours['device']), ours, medians)}
 
 
 def against(peak: tuple[float, float] | None, known: dict[str, Any],
@@ -309,7 +319,8 @@ def against(peak: tuple[float, float] | None, known: dict[str, Any],
 def table(results: dict[str, dict[str, Any]]) -> str:
   """The results as lines of a table."""
   number = lambda value, form: 'unknown' if value is None else format(value, form)
-  if 'medians' not in next(iter(results.values())):
+  done = {size: of for size, of in results.items() if 'without' not in of}
+  if 'argument_bytes' in next(iter(results.values())):
     rows = [('network', 'parameters', 'TFLOP a step', 'arguments, GB', 'compiled, GB', 'seconds')]
     rows += [(size, f'{of["parameters"]:,}', f'{of["model_flops"] / 1e12:.2f}',
               f'{of["argument_bytes"] / 1e9:.2f}',
@@ -322,7 +333,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     rows += [(size, of['parameter_dtype'], of['attention'], f'{1e3 * of["medians"]["ours"]:.1f}',
               number(of['roof_seconds'] and 1e3 * of['roof_seconds'], '.1f'),
               number(of['mfu'], '.1%'), f'{of["memory"]["total"] / 1e9:.1f}',
-              number(of['times_as_fast_as_peft'], '.2f')) for size, of in results.items()]
+              number(of['times_as_fast_as_peft'], '.2f')) for size, of in done.items()]
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return '\n'.join('  '.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
                    for row in rows)
@@ -342,7 +353,7 @@ def parser() -> argparse.ArgumentParser:
   add('--parameter_dtype', choices=('float32', 'bfloat16', 'int8'))
   add('--remat_policy', default='minimal')
   add('--attention', default='auto')
-  add('--unrolled', action='store_true', help='layers are compiled each: longer, and faster steps')
+  add('--unrolled', action='store_true', help='each layer is compiled, which takes longer')
   add('--peft_sizes', nargs='*', default=SIZES[:-1], choices=SIZES, help='beside which PEFT is run')
   add('--peft_compile', default='blocks', choices=('blocks', 'model', 'none'))
   add('--at_once', action='store_true', help='all sizes are on the device together')
@@ -369,6 +380,8 @@ def main(argv: list[str] | None = None) -> None:
   print(table(results))
   if flags.output:
     pathlib.Path(flags.output).write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')
+  if failed := [size for size, of in results.items() if 'without' in of]:
+    raise SystemExit(f'{", ".join(failed)} failed: see above.')
 
 
 if __name__ == '__main__':

@@ -60,9 +60,9 @@ class TrainBatches:
       of its own. Without it the caches are one set of examples.
     process_index, process_count: this process gets rows [i B / n, (i + 1) B / n) of each batch.
     window: in how many batches rows of similar width are brought together.
-    noise: changes rows of one length, anew at every step: (inputs [N, T], targets [N, S], uniform
-      numbers [N, >= T + S], the cache's meta) -> both, as long as before; as
-      `tasks.noise.redrawn_spans` does. By default rows are what the cache has.
+    noise: a function with a name that changes rows of one length, anew at every step: (inputs
+      [N, T], targets [N, S], uniform numbers [N, >= T + S], the cache's meta) -> both, as long as
+      before; as `tasks.noise.redrawn_spans` does. By default rows are what the cache has.
 
   Raises:
     ValueError: the arguments do not fit, or `noise` does not know what to do with a cache's rows.

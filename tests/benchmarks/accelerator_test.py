@@ -26,8 +26,15 @@ def tiny(monkeypatch):
   monkeypatch.setattr(launch, 'network_named', lambda name: TINY)
 
 
+@pytest.fixture
+def no_accelerator(monkeypatch):
+  """For processes of a test."""
+  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+
+
 @pytest.mark.slow
-def test_what_is_timed_is_a_step(tmp_path, capsys):
+def test_what_is_timed_is_a_step(no_accelerator, tmp_path, capsys):
   """All but the chip's peak and PEFT on a GPU, which are told to be unknown."""
   output = tmp_path / 'result.json'
   accelerator.main(['--sizes', 'small', '--at_once', '--parameter_dtype=int8', '--repeats=2',
@@ -39,6 +46,47 @@ def test_what_is_timed_is_a_step(tmp_path, capsys):
   assert found['memory']['total'] > found['memory']['arguments_and_outputs'] > 0
   assert found['model_flops'] > found['attention_flops'] > 0 and found['weight_bytes'] > 0
   assert capsys.readouterr().out.splitlines()[1].split()[:3] == ['small', 'int8', 'xla']
+
+
+def test_a_side_that_fails_is_told_and_others_are_kept(monkeypatch, tmp_path, capsys):
+  """Base's own side dies, and PEFT's of small: the rest is timed and written all the same."""
+  known = {'parameter_dtype': 'int8', 'attention': 'cudnn', 'device': 'NVIDIA H200',
+           'model_flops': 1e12, 'attention_flops': 0, 'weight_bytes': 0, 'memory': {'total': 1}}
+
+  class Apart:
+    def __init__(self, script, *argv):
+      self.flags = accelerator.parser().parse_args(argv)
+
+    def __enter__(self):
+      return self
+
+    def __exit__(self, *error):
+      pass
+
+    def turn(self):
+      if (self.flags.alone, self.flags.side) != ('small', 'ours'):
+        raise SystemExit('it failed (1): see above.')
+      pathlib.Path(self.flags.output).write_text(json.dumps(known), 'utf-8')
+      return {'seconds': 0.5, 'processor_seconds': 0.5}
+
+  monkeypatch.setattr(accelerator.turns, 'Apart', Apart)
+  output = tmp_path / 'result.json'
+  with pytest.raises(SystemExit, match='^base failed: see above.$'):
+    accelerator.main(['--sizes', 'small', 'base', f'--output={output}'])
+  found = json.loads(output.read_text('utf-8'))
+  assert found['small']['medians'] == {'ours': 0.5}
+  assert 'failed' in found['small']['peft']['without']
+  assert found['base']['without'] == 'it failed (1): see above.'
+  assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ['network', 'small']
+
+
+@pytest.mark.slow
+def test_a_step_of_peft_can_be_taken(tiny):
+  """On the CPU; compiled blocks are PyTorch's to test."""
+  flags = accelerator.parser().parse_args(['--peft_compile=none', *SMALL_SHAPES])
+  run, known = accelerator.peft_run('small', flags, device='cpu')
+  run()
+  assert known['compiled'] == 'none' and known['peft']
 
 
 def test_what_the_roof_is_of(tiny):
