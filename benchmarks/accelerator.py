@@ -254,10 +254,9 @@ def peft_run(size: str, flags: argparse.Namespace, device: str = 'cuda',
 
 
 def side(flags: argparse.Namespace) -> turns.Run:
-  """A side's step, after two that compile and warm up; writes what is known of it to --output."""
+  """A side's step, after one that compiles; writes what is known of it to --output."""
   try:
     run, known = (our_run if flags.side == 'ours' else peft_run)(flags.alone, flags)
-    run()
     run()
   except ImportError as error:
     run, known = (lambda: None), {'without': str(error)}
@@ -281,7 +280,7 @@ def measure(sizes: Sequence[str], flags: argparse.Namespace, argv: list[str]) ->
     for size, of_size in runs.items():  # until all are ready
       for name, run in list(of_size.items()):
         try:
-          turns.take_turns({name: run}, repeats=0, before=1)
+          run.turn()
           known = json.loads(file(size, name).read_text('utf-8'))
         except SystemExit as error:  # its own message stands above
           known = {'without': str(error)}
@@ -371,12 +370,10 @@ def main(argv: list[str] | None = None) -> None:
     return turns.serve(lambda: side(flags))
   if flags.dry_run:
     results = {size: dry_run(size, flags, PLATFORMS) for size in flags.sizes}
-  elif flags.at_once:
-    results = measure(flags.sizes, flags, argv)
   else:
     results = {}
-    for size in flags.sizes:
-      results |= measure([size], flags, argv)
+    for sizes in [flags.sizes] if flags.at_once else [[size] for size in flags.sizes]:
+      results |= measure(sizes, flags, argv)
   print(table(results))
   if flags.output:
     pathlib.Path(flags.output).write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')

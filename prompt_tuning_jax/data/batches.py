@@ -115,11 +115,11 @@ class TrainBatches:
     widths = _widths(self._input_lengths[rows].max(), self._target_lengths[rows].max(),
                      self.caches, self.buckets)
     local = self.batch_size // self.process_count
-    here = slice(local * self.process_index, local * (self.process_index + 1))
+    own = slice(local * self.process_index, local * (self.process_index + 1))
     # Every process draws for all rows: a row's noise does not depend on who has it.
     dice = self.noise and np.random.default_rng([self.seed, 4, step]).random(
-        (self.batch_size, sum(widths)))[here]
-    rows = rows[here]
+        (self.batch_size, sum(widths)))[own]
+    rows = rows[own]
     cache_of = self._stream.source_of(rows)
     longest_prompt = max(v.length if v else 0 for v in self.virtual)
     batch = _empty_batch(local, widths[0] + longest_prompt, widths[1])

@@ -46,7 +46,7 @@ def with_mask(implementation: str, bias: Array, mask: Array) -> tuple[Array, Arr
   """
   if implementation == 'xla':
     return bias, mask
-  return jnp.where(mask, bias, jnp.asarray(masks.MASKED, bias.dtype)), None
+  return jnp.where(mask, bias, masks.MASKED), None
 
 
 def attend(implementation: str, query: Array, key: Array, value: Array, bias: Array | None,
@@ -60,7 +60,7 @@ def attend(implementation: str, query: Array, key: Array, value: Array, bias: Ar
   if bias is None:
     bias = jnp.zeros((1, 1, 1, 1), query.dtype)
   if mask is not None:
-    bias = jnp.where(mask, bias, masks.MASKED)
+    bias, _ = with_mask(implementation, bias, mask)
   bias = jnp.broadcast_to(bias.astype(query.dtype), (batch, heads, queries, keys))
   more_queries, more_keys = (-size % _MULTIPLE[implementation] for size in (queries, keys))
   longer = lambda x, more: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0)))

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
 
 import numpy as np
@@ -191,15 +192,10 @@ def test_every_batch_has_its_share_of_each_task():
 
 
 @pytest.mark.parametrize('rates', [None, (1, 1)])
-def test_processes_share_a_batch(rates):
+def test_processes_share_a_batch(rates, assert_processes_share):
   caches = [make_cache(100, longest=200), make_cache(50, seed=1)]
   options = {'virtual': VirtualTokens(V, 4), 'rates': rates}
-  whole = TrainBatches(caches, 12, **options)
-  parts = [TrainBatches(caches, 12, process_index=i, process_count=3, **options) for i in range(3)]
-  for step in range(30):
-    batches = [part.batch_at(step) for part in parts]
-    for key, expected in whole.batch_at(step).items():
-      np.testing.assert_array_equal(np.concatenate([batch[key] for batch in batches]), expected)
+  assert_processes_share(functools.partial(TrainBatches, caches, 12, **options), steps=30)
 
 
 def test_texts_in_no_cache_make_the_same_batch():

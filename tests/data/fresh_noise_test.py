@@ -84,15 +84,10 @@ def test_noise_differs_between_epochs_and_is_a_function_of_seed_and_step():
 
 
 @pytest.mark.parametrize('rates', [None, (1, 3)])
-def test_processes_share_a_batch_of_several_tasks(rates):
+def test_processes_share_a_batch_of_several_tasks(rates, assert_processes_share):
   caches = [make_cache([40] * 20 + [9, 31])[0], make_cache([70] * 50 + [12], seed=1)[0]]
   options = {'virtual': [VirtualTokens(V, 2), VirtualTokens(V, 5, offset=2)], 'rates': rates}
-  whole = FreshNoise(caches, 12, **options)
-  parts = [FreshNoise(caches, 12, process_index=i, process_count=3, **options) for i in range(3)]
-  for step in range(20):
-    batches = [part.batch_at(step) for part in parts]
-    for name, expected in whole.batch_at(step).items():
-      np.testing.assert_array_equal(np.concatenate([batch[name] for batch in batches]), expected)
+  assert_processes_share(functools.partial(FreshNoise, caches, 12, **options), steps=20)
 
 
 def test_a_run_is_not_resumed_with_other_noise():

@@ -1,5 +1,6 @@
 """Packed batches: every example once an epoch, whole, with its own prompt; and little padding."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -157,14 +158,8 @@ def test_each_task_of_a_mixture_has_its_own_prompt_and_its_share_of_examples():
   assert drawn[0] / drawn.sum() == pytest.approx(.75, abs=.03)
 
 
-def test_processes_share_a_batch():
-  cache = make_cache(100)
-  whole = PackedBatches([cache], 6)
-  parts = [PackedBatches([cache], 6, process_index=i, process_count=3) for i in range(3)]
-  for step in range(5):
-    batches = [part.batch_at(step) for part in parts]
-    for key, expected in whole.batch_at(step).items():
-      np.testing.assert_array_equal(np.concatenate([batch[key] for batch in batches]), expected)
+def test_processes_share_a_batch(assert_processes_share):
+  assert_processes_share(functools.partial(PackedBatches, [make_cache(100)], 6), steps=5)
 
 
 def test_one_long_example_is_one_row():
