@@ -71,10 +71,10 @@ def peaks(device_kind: str) -> tuple[float, float] | None:
 
 def configuration(size: str, flags: argparse.Namespace, attention: str) -> Any:
   """The network with the settings of a large one."""
-  config = launch.network_named(f't5_1_1_{size}')
+  config, unrolled = launch.network_named(f't5_1_1_{size}'), size in flags.unrolled
   return dataclasses.replace(
-      config, dtype='bfloat16', dropout_rate=flags.dropout_rate, scan_layers=not flags.unrolled,
-      remat_policy=flags.remat_policy, attention=attention)
+      config, dtype='bfloat16', dropout_rate=flags.dropout_rate, scan_layers=not unrolled,
+      remat_policy=flags.remat_policy or ('none' if unrolled else 'minimal'), attention=attention)
 
 
 def parameter_dtype(size: str, flags: argparse.Namespace) -> str:
@@ -191,12 +191,14 @@ def dry_run(size: str, flags: argparse.Namespace, platforms: dict[str, str]) -> 
 def our_run(size: str, flags: argparse.Namespace) -> tuple[turns.Run, dict[str, Any]]:
   """(a function that takes one step and waits for it, what is known of the step)."""
   config, dtype = configuration(size, flags, 'xla'), parameter_dtype(size, flags)
-  config = Execution(config.scan_layers, flags.remat_policy, flags.attention).applied(config)
+  config = Execution(config.scan_layers, config.remat_policy, flags.attention).applied(config)
   step, shapes = step_and_shapes(config, dtype, flags)
   start = time.perf_counter()
   compiled = step.lower(*shapes).compile()
   known = {'parameter_dtype': dtype, 'attention': config.attention,
-           'scan_layers': config.scan_layers, 'xla_flags': os.environ.get('XLA_FLAGS', ''),
+           'scan_layers': config.scan_layers, 'remat_policy': config.remat_policy,
+           'batch_size': flags.batch_size, 'input_length': flags.input_length,
+           'xla_flags': os.environ.get('XLA_FLAGS', ''),
            'device': jax.devices()[0].device_kind,
            'seconds_to_compile': time.perf_counter() - start, 'memory': memory(compiled),
            'model_flops': model_flops(config, flags),
@@ -350,9 +352,10 @@ def parser() -> argparse.ArgumentParser:
   add('--target_length', type=int, default=32)
   add('--dropout_rate', type=float, default=0.1)
   add('--parameter_dtype', choices=('float32', 'bfloat16', 'int8'))
-  add('--remat_policy', default='minimal')
+  add('--remat_policy', help="default: 'minimal', 'none' where unrolled")
   add('--attention', default='auto')
-  add('--unrolled', action='store_true', help='each layer is compiled, which takes longer')
+  add('--unrolled', nargs='*', default=(), choices=SIZES,
+      help='whose layers are compiled each: a faster step after a longer compilation')
   add('--peft_sizes', nargs='*', default=SIZES[:-1], choices=SIZES, help='beside which PEFT is run')
   add('--peft_compile', default='blocks', choices=('blocks', 'model', 'none'))
   add('--at_once', action='store_true', help='all sizes are on the device together')

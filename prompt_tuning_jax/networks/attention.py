@@ -61,16 +61,21 @@ def attend(query: Array, key: Array, value: Array, bias: Array | None, mask: Arr
     key: [B, N, H, S].
     value: [B, N, S, H].
     bias: [1 or B, N, T, S], added to the logits.
-    mask: [B, 1, T, S] bool, False where attention is not allowed.
+    mask: [B, 1, 1 or T, S] bool, False where attention is not allowed.
     context: more keys and values, under the same softmax.
 
   Returns:
     [B, N, T, H] of the query's type.
   """
+  kept = None
   if drop is not None and not deterministic:
-    value, context = _dropped(value, context, drop)
+    keys = key.shape[-1] + (0 if context is None else context.key.shape[-1])
+    kept = _kept(drop, query.shape[:2], keys, value.dtype)
   if implementation != 'xla' and query.shape[2] > 1:
-    return fused_attention.attend(implementation, query, *_joined(key, value, bias, mask, context))
+    return fused_attention.attend(implementation, query,
+                                  *_joined(key, value, bias, mask, context), kept)
+  if kept is not None:
+    value, context = _dropped(value, context, kept.swapaxes(-1, -2))
   if context is None:
     return _attend(query, key.swapaxes(-1, -2), value, bias, mask)
   own = key.shape[-1]
@@ -98,10 +103,9 @@ def _kept(drop: nn.Dropout, heads: tuple[int, int], keys: int, dtype: DType) -> 
 
 
 def _dropped(value: Array, context: Context | None,
-             drop: nn.Dropout) -> tuple[Array, Context | None]:
+             kept: Array) -> tuple[Array, Context | None]:
   """Values, the context's too, after dropout of their weights: there are fewer of them."""
-  own, more = value.shape[2], 0 if context is None else context.value.shape[2]
-  kept = _kept(drop, value.shape[:2], own + more, value.dtype).swapaxes(-1, -2)
+  own = value.shape[2]
   if context is not None:
     context = context.replace(value=context.value * kept[:, :, own:])
   return value * kept[:, :, :own], context
@@ -113,7 +117,7 @@ def _joined(key: Array, value: Array, bias: Array | None, mask: Array | None,
   if context is None:
     return key, value, bias, mask
   behind = lambda own, other: None if own is None else jnp.concatenate(
-      [jnp.broadcast_to(own, (*other.shape[:2], *own.shape[2:])), other], axis=-1)
+      [jnp.broadcast_to(own, (*other.shape[:3], own.shape[3])), other], axis=-1)
   return (behind(key, context.key), jnp.concatenate([value, context.value], axis=-2),
           behind(bias, context.bias), behind(mask, context.mask))
 
@@ -178,7 +182,7 @@ def attend_to_inputs(query: Array, inputs: Array, key_kernel: Array, value_kerne
     query: [B, N, T, H].
     inputs: [B, S, D].
     key_kernel, value_kernel: [D, N, H].
-    mask: [B, 1, T, S] bool, False where attention is not allowed.
+    mask: [B, 1, 1 or T, S] bool, False where attention is not allowed.
     kept: [B, N, 1, S], what the weights are multiplied by (dropout).
 
   Returns:

@@ -1,7 +1,7 @@
-"""Attention in one kernel, which keeps no logits: cuDNN's on NVIDIA GPUs, Pallas's on TPUs.
+"""Attention in one kernel, which keeps no logits: ours or cuDNN's on NVIDIA GPUs, JAX's on TPUs.
 
-Both add a bias to the logits, and what is not to be seen has a very low one. They do not drop
-weights, and need not (`attention.attend` drops values).
+All add a bias to the logits. Only ours (`flash_attention`, in Triton) has a mask besides, and drops
+weights: for the others what is not to be seen has a very low bias, and values are dropped.
 """
 
 from typing import Any
@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from prompt_tuning_jax.networks import masks
+from prompt_tuning_jax.networks import flash_attention, masks
 from prompt_tuning_jax.types import Array
 
-IMPLEMENTATIONS = ('xla', 'cudnn', 'pallas')
+IMPLEMENTATIONS = ('xla', 'triton', 'cudnn', 'pallas')
 _MULTIPLE = {'cudnn': 2, 'pallas': 128}  # of positions; more are added, which nobody sees
 
 
@@ -21,16 +21,18 @@ def chosen(attention: str, config: Any, backend: str, devices: int = 1) -> str:
 
   Raises ValueError for one that the backend or the network does not fit.
   """
-  fits = {'xla': None}
-  fits['cudnn'] = (
-      'needs an NVIDIA GPU' if backend not in ('gpu', 'cuda') else
-      "needs ACTIVATION_DTYPE='bfloat16'" if config.dtype != 'bfloat16' else
-      f'needs a head_dim of a multiple of 8 up to 128, got {config.head_dim}'
-      if config.head_dim % 8 or config.head_dim > 128 else None)
+  fits, dim = {'xla': None}, config.head_dim
+  of_gpu = ('needs an NVIDIA GPU' if backend not in ('gpu', 'cuda') else
+            "needs ACTIVATION_DTYPE='bfloat16'" if config.dtype != 'bfloat16' else None)
+  fits['triton'] = of_gpu or (
+      f'needs a head_dim of 16, 32 or 64, got {dim}' if dim not in (16, 32, 64) else
+      f'runs on one device, got {devices}' if devices > 1 else None)
+  fits['cudnn'] = of_gpu or (f'needs a head_dim of a multiple of 8 up to 128, got {dim}'
+                             if dim % 8 or dim > 128 else None)
   fits['pallas'] = ('needs a TPU' if backend != 'tpu' else
                     f'runs on one device, got {devices}' if devices > 1 else None)
   if attention == 'auto':
-    return next(name for name in ('cudnn', 'pallas', 'xla') if not fits[name])
+    return next(name for name in ('triton', 'cudnn', 'pallas', 'xla') if not fits[name])
   if attention not in fits:
     raise ValueError(f"ATTENTION must be one of {('auto', *fits)}, got {attention!r}.")
   if fits[attention]:
@@ -42,19 +44,26 @@ def chosen(attention: str, config: Any, backend: str, devices: int = 1) -> str:
 def with_mask(implementation: str, bias: Array, mask: Array) -> tuple[Array, Array | None]:
   """Bias [1, N, T, S] and mask [B, 1, T, S] of many layers, as `attend` had best get them.
 
-  The kernels have no mask but a bias [B, N, T, S], which is too large to be made in every layer.
+  cuDNN and TPUs have no mask but a bias [B, N, T, S], too large to be made in every layer.
   """
-  if implementation == 'xla':
+  if implementation in ('xla', 'triton'):
     return bias, mask
   return jnp.where(mask, bias, masks.MASKED), None
 
 
 def attend(implementation: str, query: Array, key: Array, value: Array, bias: Array | None,
-           mask: Array | None) -> Array:
+           mask: Array | None, kept: Array | None = None) -> Array:
   """`attention.attend`: query [B, N, T, H], key [B, N, H, S], value [B, N, S, H] -> [B, N, T, H].
 
-  Bias and mask are cast to the dtype of the query, and so are weights within the kernel.
+  Bias and mask are cast to the dtype of the query, and so are weights within the kernel. The
+  weights of a key are multiplied by `kept` [B, N, 1, S].
   """
+  if implementation == 'triton':
+    return flash_attention.attend(
+        query.swapaxes(1, 2), key.transpose(0, 3, 1, 2), value.swapaxes(1, 2), bias, mask,
+        None if kept is None else kept[:, :, 0]).swapaxes(1, 2)
+  if kept is not None:
+    value *= kept.swapaxes(-1, -2)
   batch, heads, queries, _ = query.shape
   keys = key.shape[-1]
   if bias is None:

@@ -80,9 +80,33 @@ def _with_virtual(x: Array, tokens: Array, rows: Array, num_embeddings: int) -> 
   """x: [B, T, D] with the rows [R, D] at tokens from `num_embeddings` on."""
   if not rows.shape[0]:
     return x
-  row = jnp.maximum(tokens - num_embeddings, 0)
-  virtual = jnp.take(rows.astype(x.dtype), row, axis=0, mode='fill')
+  virtual = _rows_at(rows, jnp.maximum(tokens - num_embeddings, 0), x.dtype)
   return jnp.where((tokens >= num_embeddings)[..., None], virtual, x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rows_at(rows: Array, places: Array, dtype: DType) -> Array:
+  """Rows [R, D] at the places [B, T], as [B, T, D]; NaN where there is none.
+
+  Their gradient is a product, not a scattering: in float32, and with the same bits each time.
+  """
+  return jnp.take(rows.astype(dtype), places, axis=0, mode='fill')
+
+
+def _rows_forward(rows: Array, places: Array, dtype: DType) -> tuple[Array, tuple[Array, Array]]:
+  return _rows_at(rows, places, dtype), (rows, places)
+
+
+def _rows_backward(dtype: DType, kept: tuple[Array, Array],
+                   gradient: Array) -> tuple[Array, None]:
+  rows, places = kept
+  chosen = jax.nn.one_hot(places, rows.shape[0], dtype=dtype)
+  of_rows = jnp.einsum('BTR,BTD->RD', chosen, gradient, precision='highest',
+                       preferred_element_type=jnp.float32)
+  return of_rows.astype(rows.dtype), None
+
+
+_rows_at.defvjp(_rows_forward, _rows_backward)
 
 
 class Dense(nn.Module):

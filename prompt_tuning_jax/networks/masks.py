@@ -13,6 +13,11 @@ def pairwise(query_valid: Array, key_valid: Array) -> Array:
   return (query_valid[:, :, None] & key_valid[:, None, :])[:, None]
 
 
+def keys(valid: Array) -> Array:
+  """Live keys, for all queries: those that are padding may see them too. [B, S] -> [B, 1, 1, S]."""
+  return valid[:, None, None]
+
+
 def same_segment(query_segments: Array, key_segments: Array) -> Array:
   """Pairs within one packed example: [B, T] int, [B, S] int -> [B, 1, T, S] bool."""
   return (query_segments[:, :, None] == key_segments[:, None, :])[:, None]

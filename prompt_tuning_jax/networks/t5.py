@@ -115,7 +115,8 @@ class EncoderLayer(nn.Module):
   def __call__(self, x: Array, own: tuple[Array | int, None], tokens: Array, bias: Array,
                mask: Array, deterministic: bool, virtual_embeddings: Array | None, prefix: Prefix,
                adapters: Adapters) -> tuple[Array, None]:
-    """x: [B, T, D], tokens: [B, T], bias: [1 or B, N, T, T], mask: [B, 1, T, T] -> [B, T, D]."""
+    """x: [B, T, D], tokens: [B, T], bias: [1 or B, N, T, T], mask: [B, 1, 1 or T, T] ->
+    [B, T, D]."""
     cfg, (layer, _) = self.config, own
     drop = functools.partial(layers.dropout(cfg.dropout_rate), deterministic=deterministic)
     x = layers.virtual_of_layer(x, tokens, virtual_embeddings, layer, cfg.vocab_size)
@@ -135,7 +136,7 @@ class Encoder(nn.Module):
   def __call__(self, x: Array, tokens: Array, segments: Array | None, mask: Array,
                deterministic: bool, virtual_embeddings: Array | None = None,
                prefix: Prefix = NO_PREFIX, adapters: Adapters = NO_ADAPTERS) -> Array:
-    """tokens: [B, T], embedded x: [B, T, D], mask: [B, 1, T, T] -> [B, T, D]."""
+    """tokens: [B, T], embedded x: [B, T, D], mask: [B, 1, 1 or T, T] -> [B, T, D]."""
     del segments  # Their tokens are as far apart as in the row.
     cfg = self.config
     positions = jnp.arange(x.shape[1])
@@ -254,10 +255,9 @@ class Transformer(nn.Module):
     del encoder_positions
     if embedded is None:
       embedded = self.token_embedder(encoder_input_tokens, virtual_embeddings)
-    live = encoder_input_tokens > 0
-    mask = masks.pairwise(live, live)
+    mask = masks.keys(encoder_input_tokens > 0)
     if encoder_segment_ids is not None:
-      mask &= masks.same_segment(encoder_segment_ids, encoder_segment_ids)
+      mask = mask & masks.same_segment(encoder_segment_ids, encoder_segment_ids)
     return self.encoder(embedded, encoder_input_tokens, encoder_segment_ids, mask,
                         not enable_dropout, virtual_embeddings, prefix, adapters)
 
@@ -279,20 +279,17 @@ class Transformer(nn.Module):
       raise ValueError('Packed rows cannot be decoded step by step: give one example a row.')
     if encoder_segment_ids is not None and decoder_segment_ids is None:
       raise ValueError('Packed inputs need decoder_segment_ids too: which targets are whose?')
-    encoder_live = encoder_input_tokens > 0
     self_mask = text_positions = None
-    if decode:
-      cross_mask = masks.pairwise(jnp.ones_like(decoder_input_tokens, bool), encoder_live)
-    else:
+    cross_mask = masks.keys(encoder_input_tokens > 0)
+    if not decode:
       decoder_live = decoder_target_tokens > 0
       text_positions = masks.positions(decoder_live, decoder_segment_ids)
       positions = jnp.arange(decoder_input_tokens.shape[1])
       self_mask = masks.causal(positions, positions) & masks.pairwise(decoder_live, decoder_live)
-      cross_mask = masks.pairwise(decoder_live, encoder_live)
     if decoder_segment_ids is not None:
       self_mask &= masks.same_segment(decoder_segment_ids, decoder_segment_ids)
       if encoder_segment_ids is not None:
-        cross_mask &= masks.same_segment(decoder_segment_ids, encoder_segment_ids)
+        cross_mask = cross_mask & masks.same_segment(decoder_segment_ids, encoder_segment_ids)
     if embedded is None:
       embedded = self.token_embedder(self._started(decoder_input_tokens), virtual_embeddings)
     return self.decoder(embedded, encoded, text_positions, self_mask, cross_mask,
