@@ -61,7 +61,7 @@ PEAKS = {
     'NVIDIA A100': (312e12, 2.04e12), 'TPU v6 lite': (918e12, 1.64e12),
     'TPU v5 lite': (197e12, 0.819e12), 'TPU v5': (459e12, 2.765e12),
     'TPU v4': (275e12, 1.2e12)}
-PLATFORMS = {'cuda': 'xla', 'tpu': 'pallas'}  # what --dry_run lowers, with which attention
+PLATFORMS = {'cuda': 'triton', 'tpu': 'pallas'}  # what --dry_run lowers, with which attention
 
 
 def peaks(device_kind: str) -> tuple[float, float] | None:
@@ -195,7 +195,7 @@ def our_run(size: str, flags: argparse.Namespace) -> tuple[turns.Run, dict[str, 
   step, shapes = step_and_shapes(config, dtype, flags)
   start = time.perf_counter()
   compiled = step.lower(*shapes).compile()
-  known = {'parameter_dtype': dtype, 'attention': config.attention,
+  known = {'parameter_dtype': dtype, 'attention': config.attention, 'jax': jax.__version__,
            'scan_layers': config.scan_layers, 'remat_policy': config.remat_policy,
            'batch_size': flags.batch_size, 'input_length': flags.input_length,
            'xla_flags': os.environ.get('XLA_FLAGS', ''),

@@ -112,7 +112,7 @@ class EncoderLayer(nn.Module):
   def __call__(self, x: Array, own: tuple[Array | int, None], tokens: Array, mask: Array,
                deterministic: bool, virtual_embeddings: Array | None, prefix: Prefix,
                adapters: Adapters) -> tuple[Array, None]:
-    """x: [B, T, D], tokens: [B, T], mask: [B, 1, T, T] -> [B, T, D]."""
+    """x: [B, T, D], tokens: [B, T], mask: [B, 1, 1 or T, T] -> [B, T, D]."""
     cfg, (layer, _) = self.config, own
     drop = functools.partial(layers.dropout(cfg.dropout_rate), deterministic=deterministic)
     x = layers.virtual_of_layer(x, tokens, virtual_embeddings, layer, cfg.vocab_size)
@@ -133,7 +133,8 @@ class Encoder(nn.Module):
   def __call__(self, x: Array, tokens: Array, segments: Array | None, mask: Array,
                deterministic: bool, virtual_embeddings: Array | None = None,
                prefix: Prefix = NO_PREFIX, adapters: Adapters = NO_ADAPTERS) -> Array:
-    """tokens: [B, T], embedded x: [B, T, D], segments: [B, T], mask: [B, 1, T, T] -> [B, T, D]."""
+    """tokens: [B, T], embedded x: [B, T, D], segments: [B, T], mask: [B, 1, 1 or T, T] ->
+    [B, T, D]."""
     cfg = self.config
     x = _placed(cfg, x, masks.positions(tokens > 0, segments), deterministic)
     stack = layer_stack.make(EncoderLayer, cfg, cfg.num_encoder_layers, static=(5,), shared=6,

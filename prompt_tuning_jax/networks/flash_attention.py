@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from prompt_tuning_jax.types import Array
 
 _LOG2_E = math.log2(math.e)  # exponentials are of base 2, which a GPU has an instruction for
-# A logit of what is not allowed. Where a query may see nothing, all of its logits are this, and
-# their differences must be exact enough for an exponential, also where products and sums are fused.
-_MASKED = -1e6
+# Logits of what is not allowed, and of keys behind the last, which fill a block. Where a query may
+# see nothing, all of its logits are the former, and their differences must be exact enough for an
+# exponential, also where products and sums are fused.
+_MASKED, _BEHIND = -1e6, -4e6
 INTERPRET = False  # Kernels are run as JAX operations: for tests, where there is no GPU.
 
 
@@ -39,13 +40,13 @@ class Blocks:
                                keys=fitting(self.keys, keys))
 
 
-# Those of the backward pass have no more queries than the forward pass's, of which they read sums.
+# The forward pass's queries are a multiple of the others', which read its sums.
 FORWARD = Blocks(128, 64, 4, 3)
 BACKWARD_QUERIES = Blocks(128, 64, 4, 2)
 BACKWARD_KEYS = Blocks(64, 64, 4, 3)
 
 
-@functools.partial(jax.custom_vjp)
+@jax.custom_vjp
 def attend(query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None,
            kept: Array | None) -> Array:
   """(softmax(query @ key + bias) * kept) @ value, with a derivative of its own.
@@ -54,8 +55,9 @@ def attend(query: Array, key: Array, value: Array, bias: Array | None, mask: Arr
     query: [B, T, N, H], H of 16, 32 or 64.
     key, value: [B, S, N, H].
     bias: [1 or B, 1 or N, T, S], added to the logits.
-    mask: [1 or B, 1 or N, 1 or T, S] bool, False where attention is not allowed.
-    kept: [B, N, S], what the weights of a key are multiplied by (dropout).
+    mask: [1 or B, 1 or N, 1 or T, S] bool, False where attention is not allowed. Nothing depends on
+      what comes of a query that may see nothing: it has no gradient.
+    kept: [B, N, S], what the weights of a key are multiplied by (dropout); it has no gradient.
 
   Returns:
     [B, T, N, H] of the query's type. Logits and softmax are float32, products of the query's type.
@@ -88,17 +90,17 @@ def _terms(bias: Array | None, mask: Array | None, dtype: Any) -> list[Array]:
   return terms if mask is None else [*terms, jnp.where(mask, 0.0, _MASKED).astype(dtype)]
 
 
-def _padded(x: Array, block: int, value: float = 0.0, axis: int = -1) -> Array:
+def _padded(x: Array, block: int, axis: int = -1) -> Array:
   """As long as whole blocks are."""
   width = [(0, 0)] * x.ndim
   width[axis] = 0, -x.shape[axis] % block
-  return jnp.pad(x, width, constant_values=value)
+  return jnp.pad(x, width)
 
 
 def _padded_term(x: Array, queries: int, keys: int) -> Array:
-  """[..., T, S] as long as whole blocks are; nobody sees a key that is added."""
+  """[..., T, S] as long as whole blocks of so many queries and keys are."""
   x = x if x.shape[-2] == 1 else _padded(x, queries, axis=-2)
-  return _padded(x, keys, _MASKED)
+  return _padded(x, keys)
 
 
 def _kernel(body: Callable[..., None], name: str, blocks: Blocks, grid: tuple[int, int, int],
@@ -118,7 +120,7 @@ def _specs(heads_dim: int) -> tuple[Callable[..., Any], ...]:
   """`BlockSpec`s over a grid (block of rows, head, example).
 
   Of a block of rows [B, T, N, H], of all rows, of a block [B, N, T], of all, and of a term's block
-  of rows (where it is the same for all queries, it is a vector).
+  of rows: a vector of keys where it is the same for all queries, also with keys for rows.
   """
   from jax.experimental import pallas as pl
   rows = lambda block: pl.BlockSpec((None, block, None, heads_dim), lambda i, n, b: (b, i, n, 0))
@@ -161,6 +163,13 @@ def _logits(rows: Array, columns: Array, terms: Sequence[Any], at: Any,
   return logits * _LOG2_E
 
 
+def _of_live_keys(logits: Array, first: Any, keys: int) -> Array:
+  """Logits of a block of keys from `first` on, far below all behind the last."""
+  block = logits.shape[1]
+  live = first + jnp.arange(block) < keys
+  return jnp.where(live[None, :], logits, _BEHIND) if keys % block else logits
+
+
 def _forward(query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None,
              kept: Array | None) -> tuple[Array, Array]:
   """(what `attend` returns, [B, N, T'] the logarithms of the softmax's sums, base 2)."""
@@ -190,9 +199,7 @@ def _forward(query: Array, key: Array, value: Array, bias: Array | None, mask: A
       first = i * blocks.keys
       at = pl.ds(first, blocks.keys)
       k, v = (_load(ref, first, blocks.keys, keys) for ref in (key_ref, value_ref))
-      logits = _logits(q, k, term_refs, at)
-      if not term_refs:
-        logits = jnp.where(first + jnp.arange(blocks.keys) < keys, logits, _MASKED)
+      logits = _of_live_keys(_logits(q, k, term_refs, at), first, keys)
       now = jnp.maximum(largest, jnp.max(logits, axis=-1))
       weights, shrink = jnp.exp2(logits - now[:, None]), jnp.exp2(largest - now)
       if kept_ref is not None:
@@ -205,9 +212,9 @@ def _forward(query: Array, key: Array, value: Array, bias: Array | None, mask: A
         0, pl.cdiv(keys, blocks.keys), of_keys,
         (jnp.zeros((blocks.queries, dim), jnp.float32), zeros - jnp.inf, zeros))
     _store(out_ref, out / total[:, None], start, queries)
-    # Queries behind the last are to have no weights in the backward pass.
-    sums_ref[:] = jnp.where(start + jnp.arange(blocks.queries) < queries,
-                            largest + jnp.log2(total), -_MASKED)
+    # Queries behind the last, and those that may see nothing, have no weights in the backward pass.
+    live = (start + jnp.arange(blocks.queries) < queries) & (largest > _MASKED / 2)
+    sums_ref[:] = jnp.where(live, largest + jnp.log2(total), -_BEHIND)
 
   return tuple(_kernel(
       body, 'attention', blocks, grid, operands,
@@ -253,7 +260,8 @@ def _of_queries(query: Array, key: Array, value: Array, bias: Array | None, mask
       k, v = (_load(ref, first, blocks.keys, keys) for ref in (key_ref, value_ref))
       if kept_ref is not None:
         v *= kept_ref[at][:, None]
-      weights = jnp.exp2(_logits(q, k, term_refs, at) - total[:, None])
+      logits = _of_live_keys(_logits(q, k, term_refs, at), first, keys)
+      weights = jnp.exp2(logits - total[:, None])
       of_logits = weights * (triton.dot(g, v.T) - inner[:, None])
       return of_query + triton.dot(of_logits.astype(k.dtype), k)
 

@@ -42,7 +42,7 @@ def chosen(attention: str, config: Any, backend: str, devices: int = 1) -> str:
 
 
 def with_mask(implementation: str, bias: Array, mask: Array) -> tuple[Array, Array | None]:
-  """Bias [1, N, T, S] and mask [B, 1, T, S] of many layers, as `attend` had best get them.
+  """Bias [1, N, T, S] and mask [B, 1, 1 or T, S] of many layers, as `attend` had best get them.
 
   cuDNN and TPUs have no mask but a bias [B, N, T, S], too large to be made in every layer.
   """

@@ -22,11 +22,12 @@ from prompt_tuning_jax.types import Array, PyTree
 
 
 def _is_product(primitive: Any, *args: Any, **kwargs: Any) -> bool:
-  """Whether a value is that of a product with weights, or of a kernel of attention.
+  """Whether a value is that of a product with weights, or of a GPU's attention.
 
   Of that, the backward pass needs an array no larger than a product's.
   """
-  return (primitive.name.startswith(('dot_product_attention_fwd', 'pallas_call')) or
+  return (primitive.name.startswith('dot_product_attention_fwd') or
+          primitive.name == 'pallas_call' or
           jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims(primitive, *args, **kwargs))
 
 

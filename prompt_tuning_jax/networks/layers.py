@@ -88,7 +88,8 @@ def _with_virtual(x: Array, tokens: Array, rows: Array, num_embeddings: int) -> 
 def _rows_at(rows: Array, places: Array, dtype: DType) -> Array:
   """Rows [R, D] at the places [B, T], as [B, T, D]; NaN where there is none.
 
-  Their gradient is a product, not a scattering: in float32, and with the same bits each time.
+  Their gradient is a product, not a scattering: in float32, and with the same bits each time. So
+  one that is not finite makes those of all rows NaN.
   """
   return jnp.take(rows.astype(dtype), places, axis=0, mode='fill')
 

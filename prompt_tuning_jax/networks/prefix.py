@@ -53,8 +53,8 @@ class LayerPrefix:
 
   def prepend(self, key: Array, value: Array, bias: Array | None,
               mask: Array | None) -> tuple[Array, Array, Array | None, Array | None]:
-    """Keys [B, N, H, S], values [B, N, S, H], bias [1 or B, N, T, S] and mask [B, 1, T, S] of an
-    attention -> the same with P + S for S."""
+    """Keys [B, N, H, S], values [B, N, S, H], bias [1 or B, N, T, S] and mask [B, 1, 1 or T, S] of
+    an attention -> the same with P + S for S."""
     batch, length = key.shape[0], self.keys.shape[1]
     own = lambda x, axes: jnp.broadcast_to(
         x, (batch, *x.shape[1:])).transpose(axes).astype(key.dtype)

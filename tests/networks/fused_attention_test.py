@@ -102,6 +102,33 @@ def test_our_kernels(interpreted, queries, keys, masked, biased):
   assert_close(*both('triton', arrays))
 
 
+def test_keys_behind_the_last_have_no_weight(interpreted):
+  """Also where all logits are far below what a product with nothing gives."""
+  query, key, value, *_ = example(5, 7)
+  assert_close(*both('triton', (jnp.abs(query), key - 30, value, None, None)), 1e-4)
+
+
+def test_gradients_under_dropout(interpreted):
+  arrays = example(9, 20)
+
+  def of_all(implementation):
+    drop = layers.dropout(0.5).bind({}, rngs={'dropout': jax.random.key(3)})
+    total = lambda *x: jnp.sum(jnp.sin(attention.attend(
+        *x, arrays[4], drop, False, implementation=implementation)))
+    return jax.grad(total, (0, 1, 2, 3))(*arrays[:4])
+
+  assert_close(of_all('xla'), of_all('triton'))
+
+
+def test_bfloat16_stays_bfloat16(interpreted):
+  """But for a bias in float32, as of a table that is trained."""
+  *arrays, bias, mask = example(9, 20)
+  rounded = [x.astype(jnp.bfloat16) for x in arrays]
+  total = lambda *x: jnp.sum(attention.attend(*x, mask, implementation='triton'))
+  found = jax.grad(total, (0, 1, 2, 3))(*rounded, bias)
+  assert [x.dtype for x in found] == [jnp.bfloat16] * 3 + [jnp.float32]
+
+
 def test_a_bias_that_is_trained_has_its_gradient(interpreted):
   """A network's own table, in model tuning; and a query that may see nothing gets no NaN."""
   query, key, value, bias, mask = example(9, 20)
@@ -114,8 +141,10 @@ def test_a_bias_that_is_trained_has_its_gradient(interpreted):
     return jax.grad(total)(bias)
 
   assert_close(of_bias('xla'), of_bias('triton'))
-  out = attention.attend(query, key, value, bias, mask, implementation='triton')
-  assert np.all(np.isfinite(out))
+  total = lambda *x: jnp.sum(jnp.sin(attention.attend(*x, bias, mask, implementation='triton')))
+  assert np.all(np.isfinite(total(query, key, value)))
+  of_query = jax.grad(total)(query, key, value)
+  assert not np.any(of_query[0, :, 3]) and np.all(np.isfinite(of_query)) and np.any(of_query[0])
 
 
 def test_only_a_bias_that_is_trained_has_all_logits_in_memory(interpreted):

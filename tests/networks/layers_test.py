@@ -154,3 +154,19 @@ def test_a_bias_is_added_and_starts_at_zero():
   np.testing.assert_allclose(module.apply({'params': params}, x),
                              x @ np.asarray(params['kernel']) + params['bias'], rtol=1e-5,
                              atol=1e-6)
+
+
+def test_the_gradient_of_a_prompts_rows_is_that_of_looking_them_up():
+  """Summed up in float32, whatever the network computes in."""
+  rng = np.random.default_rng(0)
+  rows = jnp.asarray(rng.normal(size=(5, 4)), jnp.float32)
+  places, wanted = rng.integers(0, 5, (3, 200)), rng.normal(size=(3, 200, 4)).astype(np.float32)
+  ours = lambda rows, dtype: jnp.sum(layers._rows_at(rows, places, dtype) * wanted)
+  plain = lambda rows: jnp.sum(jnp.take(rows, places, axis=0) * wanted)
+  exact = jax.grad(plain)(rows)
+  np.testing.assert_allclose(jax.grad(ours)(rows, jnp.float32), exact, atol=1e-4)
+  found = jax.grad(ours)(rows, jnp.bfloat16)
+  assert found.dtype == jnp.float32
+  rounded = np.zeros((5, 4))
+  np.add.at(rounded, places, np.asarray(wanted.astype(jnp.bfloat16), float))
+  np.testing.assert_allclose(found, rounded, atol=1e-4)
