@@ -142,6 +142,13 @@ def _load(ref: Any, start: Any, block: int, size: int) -> Array:
   return triton.load(ref.at[pl.ds(start, block), :], mask=live[:, None], other=0.0)
 
 
+def _load_own(ref: Any, start: Any, size: int) -> Array:
+  """A program's own block of rows, which begins at `start`; zeros behind the end of the array."""
+  from jax.experimental.pallas import triton
+  live = start + jnp.arange(ref.shape[0]) < size
+  return triton.load(ref, mask=live[:, None], other=0.0)
+
+
 def _store(ref: Any, rows: Array, start: Any, size: int) -> None:
   """Into a ref of a block, without the rows that lie behind the end of the array."""
   from jax.experimental.pallas import triton
@@ -163,11 +170,19 @@ def _logits(rows: Array, columns: Array, terms: Sequence[Any], at: Any,
   return logits * _LOG2_E
 
 
-def _of_live_keys(logits: Array, first: Any, keys: int) -> Array:
-  """Logits of a block of keys from `first` on, far below all behind the last."""
-  block = logits.shape[1]
-  live = first + jnp.arange(block) < keys
-  return jnp.where(live[None, :], logits, _BEHIND) if keys % block else logits
+def _of_keys_block(i: Any, block: int, keys: int, query: Array, key_ref: Any, value_ref: Any,
+                   term_refs: Sequence[Any], kept_ref: Any) -> tuple[Array, Array, Array]:
+  """The i-th block's keys, values after dropout, and logits, far below all behind the last key."""
+  from jax.experimental import pallas as pl
+  first = i * block
+  at = pl.ds(first, block)
+  key, value = (_load(ref, first, block, keys) for ref in (key_ref, value_ref))
+  if kept_ref is not None:
+    value *= kept_ref[at][:, None]
+  logits = _logits(query, key, term_refs, at)
+  if keys % block:
+    logits = jnp.where((first + jnp.arange(block) < keys)[None, :], logits, _BEHIND)
+  return key, value, logits
 
 
 def _forward(query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None,
@@ -191,19 +206,14 @@ def _forward(query: Array, key: Array, value: Array, bias: Array | None, mask: A
     *term_refs, out_ref, sums_ref = refs
     kept_ref = None if kept is None else term_refs.pop()
     start = pl.program_id(0) * blocks.queries
-    q = triton.load(query_ref, mask=(start + jnp.arange(blocks.queries) < queries)[:, None],
-                    other=0.0)
+    q = _load_own(query_ref, start, queries)
 
     def of_keys(i, carry):
       out, largest, total = carry
-      first = i * blocks.keys
-      at = pl.ds(first, blocks.keys)
-      k, v = (_load(ref, first, blocks.keys, keys) for ref in (key_ref, value_ref))
-      logits = _of_live_keys(_logits(q, k, term_refs, at), first, keys)
+      _, v, logits = _of_keys_block(i, blocks.keys, keys, q, key_ref, value_ref, term_refs,
+                                    kept_ref)
       now = jnp.maximum(largest, jnp.max(logits, axis=-1))
       weights, shrink = jnp.exp2(logits - now[:, None]), jnp.exp2(largest - now)
-      if kept_ref is not None:
-        v *= kept_ref[at][:, None]
       out = out * shrink[:, None] + triton.dot(weights.astype(v.dtype), v)
       return out, now, total * shrink + jnp.sum(weights, axis=-1)
 
@@ -247,20 +257,14 @@ def _of_queries(query: Array, key: Array, value: Array, bias: Array | None, mask
     *term_refs, of_query_ref, inner_ref = refs
     kept_ref = None if kept is None else term_refs.pop()
     start = pl.program_id(0) * blocks.queries
-    live = (start + jnp.arange(blocks.queries) < queries)[:, None]
-    q, o, g = (triton.load(ref, mask=live, other=0.0)
-               for ref in (query_ref, out_ref, gradient_ref))
+    q, o, g = (_load_own(ref, start, queries) for ref in (query_ref, out_ref, gradient_ref))
     total = sums_ref[:]
     inner = jnp.sum(o.astype(jnp.float32) * g.astype(jnp.float32), axis=-1)
     inner_ref[:] = inner
 
     def of_keys(i, of_query):
-      first = i * blocks.keys
-      at = pl.ds(first, blocks.keys)
-      k, v = (_load(ref, first, blocks.keys, keys) for ref in (key_ref, value_ref))
-      if kept_ref is not None:
-        v *= kept_ref[at][:, None]
-      logits = _of_live_keys(_logits(q, k, term_refs, at), first, keys)
+      k, v, logits = _of_keys_block(i, blocks.keys, keys, q, key_ref, value_ref, term_refs,
+                                    kept_ref)
       weights = jnp.exp2(logits - total[:, None])
       of_logits = weights * (triton.dot(g, v.T) - inner[:, None])
       return of_query + triton.dot(of_logits.astype(k.dtype), k)
@@ -300,8 +304,7 @@ def _of_keys(query: Array, key: Array, value: Array, bias: Array | None, mask: A
     *term_refs, of_key_ref, of_value_ref = refs
     kept_ref = None if kept is None else term_refs.pop()
     start = pl.program_id(0) * blocks.keys
-    live = (start + jnp.arange(blocks.keys) < keys)[:, None]
-    k, v = (triton.load(ref, mask=live, other=0.0) for ref in (key_ref, value_ref))
+    k, v = (_load_own(ref, start, keys) for ref in (key_ref, value_ref))
     if kept_ref is not None:
       v *= kept_ref[:][:, None]
 
