@@ -15,8 +15,10 @@ Roof    the least time that a step can take: those FLOPs and attention's over th
 Memory  of the compiled program (arguments and temporaries), and the device's own peak.
 PEFT    the same network in torch: bfloat16, sdpa, torch.compile of each block (PyTorch's "regional
         compilation": a fraction of the minutes that the whole takes), dropout, prompt for the
-        encoder alone, AdamW. The two take turns (A B A B …); the ratio is that of their medians.
+        encoder alone, AdamW.
 
+The two sides take turns (A B A B …) of --steps_a_turn steps, of which one is queued before the last
+has ended, as in training; a step's time is that part of a turn's, the ratio is that of medians.
 Processes start and compile one size after another or, with --at_once, all together, where the
 device has room for all (kernels are then chosen on a busy device); steps are timed one at a time.
 A side that fails is told, and the others go on. --dry_run lowers the step for CUDA and for
@@ -189,7 +191,7 @@ def dry_run(size: str, flags: argparse.Namespace, platforms: dict[str, str]) -> 
 
 
 def our_run(size: str, flags: argparse.Namespace) -> tuple[turns.Run, dict[str, Any]]:
-  """(a function that takes one step and waits for it, what is known of the step)."""
+  """(a function that takes a turn's steps and waits for them, what is known of a step)."""
   config, dtype = configuration(size, flags, 'xla'), parameter_dtype(size, flags)
   config = Execution(config.scan_layers, config.remat_policy, flags.attention).applied(config)
   step, shapes = step_and_shapes(config, dtype, flags)
@@ -198,6 +200,7 @@ def our_run(size: str, flags: argparse.Namespace) -> tuple[turns.Run, dict[str, 
   known = {'parameter_dtype': dtype, 'attention': config.attention, 'jax': jax.__version__,
            'scan_layers': config.scan_layers, 'remat_policy': config.remat_policy,
            'batch_size': flags.batch_size, 'input_length': flags.input_length,
+           'steps_a_turn': flags.steps_a_turn,
            'xla_flags': os.environ.get('XLA_FLAGS', ''),
            'device': jax.devices()[0].device_kind,
            'seconds_to_compile': time.perf_counter() - start, 'memory': memory(compiled),
@@ -207,7 +210,8 @@ def our_run(size: str, flags: argparse.Namespace) -> tuple[turns.Run, dict[str, 
   held = [state]
 
   def run() -> None:
-    held[0], metrics = compiled(held[0], frozen, batch)
+    for _ in range(flags.steps_a_turn):
+      held[0], metrics = compiled(held[0], frozen, batch)
     known['loss'] = float(jax.block_until_ready(metrics)['loss'])
 
   return run, known
@@ -245,9 +249,10 @@ def peft_run(size: str, flags: argparse.Namespace, device: str = 'cuda',
     model = torch.compile(model)
 
   def run() -> None:
-    optimizer.zero_grad()
-    model(input_ids=inputs, attention_mask=mask, labels=labels).loss.backward()
-    optimizer.step()
+    for _ in range(flags.steps_a_turn):
+      optimizer.zero_grad()
+      model(input_ids=inputs, attention_mask=mask, labels=labels).loss.backward()
+      optimizer.step()
     if device == 'cuda':
       torch.cuda.synchronize()
 
@@ -289,15 +294,17 @@ def measure(sizes: Sequence[str], flags: argparse.Namespace, argv: list[str]) ->
         results.setdefault(size, {})[name] = known
         if 'without' in known:
           of_size.pop(name).__exit__()  # and gives back its memory
-    return {size: timed(of_size, results[size], flags.repeats) for size, of_size in runs.items()}
+    return {size: timed(of_size, results[size], flags) for size, of_size in runs.items()}
 
 
-def timed(runs: dict[str, turns.Apart], known: dict[str, Any], repeats: int) -> dict[str, Any]:
+def timed(runs: dict[str, turns.Apart], known: dict[str, Any],
+          flags: argparse.Namespace) -> dict[str, Any]:
   """What is known of a size, with times of its sides; where ours failed it is 'without'."""
   ours, peft = known['ours'], known.get('peft')
   if 'ours' not in runs:
     return {**ours, 'peft': peft}
-  seconds = turns.take_turns(runs, repeats)['seconds']
+  taken = turns.take_turns(runs, flags.repeats)['seconds']
+  seconds = {name: [turn / flags.steps_a_turn for turn in of] for name, of in taken.items()}
   medians = {name: statistics.median(times) for name, times in seconds.items()}
   return {**ours, 'medians': medians, 'seconds': seconds, 'peft': peft,
           **against(peaks(ours['device']), ours, medians)}
@@ -359,7 +366,8 @@ def parser() -> argparse.ArgumentParser:
   add('--peft_sizes', nargs='*', default=SIZES[:-1], choices=SIZES, help='beside which PEFT is run')
   add('--peft_compile', default='blocks', choices=('blocks', 'model', 'none'))
   add('--at_once', action='store_true', help='all sizes are on the device together')
-  add('--repeats', type=int, default=20)
+  add('--repeats', type=int, default=20, help='turns of each side')
+  add('--steps_a_turn', type=int, default=5)
   add('--dry_run', action='store_true', help='lower for accelerators, from shapes alone')
   add('--compile', action='store_true', help='with --dry_run: compile for this machine, too')
   add('--output', metavar='FILE.json')

@@ -1,6 +1,7 @@
 """The layers that networks are made of besides attention, with T5X's parameter names and axes."""
 
 import functools
+import operator
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -209,6 +210,40 @@ class CentredLayerNorm(nn.Module):
     return (x * scale + bias).astype(self.dtype)
 
 
+def _product(activations: Sequence[str], *parts: Array) -> Array:
+  """The product of the parts, [..., M] each, after an activation each."""
+  return functools.reduce(operator.mul, (ACTIVATIONS[name](x) for name, x in zip(
+      activations, parts, strict=True)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _units(activations: tuple[str, ...], *parts: Array) -> Array:
+  """`_product`; on a GPU the backward pass computes the activations once more.
+
+  To keep them takes longer there: what stands between products with weights is bound by memory.
+  """
+  return _product(activations, *parts)
+
+
+def _apart(parts: tuple[Array, ...]) -> tuple[Array, ...]:
+  """The same, of which a GPU's compiler does not know what it was computed from."""
+  return jax.lax.platform_dependent(
+      parts, cuda=jax.lax.optimization_barrier, default=lambda parts: parts)
+
+
+def _units_forward(activations: tuple[str, ...], *parts: Array) -> tuple[Array, tuple[Array, ...]]:
+  parts = _apart(parts)  # or a product with weights would write them twice, before and after
+  return _product(activations, *parts), parts
+
+
+def _units_backward(activations: tuple[str, ...], parts: tuple[Array, ...],
+                    gradient: Array) -> tuple[Array, ...]:
+  return jax.vjp(functools.partial(_product, activations), *_apart(parts))[1](gradient)
+
+
+_units.defvjp(_units_forward, _units_backward)
+
+
 class MlpBlock(nn.Module):
   """Feed-forward block; with several activations their outputs are multiplied (gated units)."""
 
@@ -222,11 +257,10 @@ class MlpBlock(nn.Module):
   def __call__(self, x: Array, deterministic: bool) -> Array:
     """x: [B, T, D] -> [B, T, D]."""
     dense = functools.partial(Dense, dtype=self.dtype, use_bias=self.use_bias)
-    hidden = None
-    for i, name in enumerate(self.activations):
-      wi = 'wi' if len(self.activations) == 1 else f'wi_{i}'
-      part = ACTIVATIONS[name](dense(self.mlp_dim, ('embed', 'mlp'), name=wi)(x))
-      hidden = part if hidden is None else hidden * part
+    names = ['wi'] if len(self.activations) == 1 else [
+        f'wi_{i}' for i in range(len(self.activations))]
+    hidden = _units(tuple(self.activations), *(
+        dense(self.mlp_dim, ('embed', 'mlp'), name=name)(x) for name in names))
     hidden = dropout(self.dropout_rate)(hidden, deterministic=deterministic)
     hidden = partitioning.with_sharding_constraint(hidden, ('batch', 'length', 'mlp'))
     return dense(x.shape[-1], ('mlp', 'embed'), name='wo')(hidden)
