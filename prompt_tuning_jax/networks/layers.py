@@ -218,27 +218,24 @@ def _product(activations: Sequence[str], *parts: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _units(activations: tuple[str, ...], *parts: Array) -> Array:
-  """`_product`; on a GPU the backward pass computes the activations once more.
+  """`_product`, with activations computed once more for the backward pass.
 
-  To keep them takes longer there: what stands between products with weights is bound by memory.
+  To keep them takes longer: what stands between products with weights is bound by memory.
   """
   return _product(activations, *parts)
 
 
-def _apart(parts: tuple[Array, ...]) -> tuple[Array, ...]:
-  """The same, of which a GPU's compiler does not know what it was computed from."""
-  return jax.lax.platform_dependent(
-      parts, cuda=jax.lax.optimization_barrier, default=lambda parts: parts)
-
-
+# Behind a barrier, compilers do not know what the parts were computed from. Else the forward pass
+# would keep activations after all, and a GPU's products would write parts before and after these.
 def _units_forward(activations: tuple[str, ...], *parts: Array) -> tuple[Array, tuple[Array, ...]]:
-  parts = _apart(parts)  # or a product with weights would write them twice, before and after
+  parts = jax.lax.optimization_barrier(parts)
   return _product(activations, *parts), parts
 
 
 def _units_backward(activations: tuple[str, ...], parts: tuple[Array, ...],
                     gradient: Array) -> tuple[Array, ...]:
-  return jax.vjp(functools.partial(_product, activations), *_apart(parts))[1](gradient)
+  parts = jax.lax.optimization_barrier(parts)
+  return jax.vjp(functools.partial(_product, activations), *parts)[1](gradient)
 
 
 _units.defvjp(_units_forward, _units_backward)

@@ -100,16 +100,16 @@ def test_feed_forward(names, function):
                              atol=1e-5)
 
 
-def test_a_gpu_computes_activations_twice_and_the_gradients_are_the_same():
+def test_activations_are_computed_twice_and_not_kept():
   x, wi = (RNG.normal(size=(2, 3, 4)).astype(np.float32) for _ in range(2))
   names = ('gelu', 'linear')
   of = lambda f: jax.jit(jax.grad(lambda *parts: jnp.sum(jnp.sin(f(names, *parts))), (0, 1)))
   for found, expected in zip(of(layers._units)(x, wi), of(layers._product)(x, wi), strict=True):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
-  count = lambda platform: of(layers._units).trace(x, wi).lower(
-      lowering_platforms=(platform,)).as_text().count('optimization_barrier')
-  assert {platform: count(platform) for platform in ('cpu', 'cuda', 'tpu')} == {
-      'cpu': 0, 'cuda': 2, 'tpu': 0}
+  # The second are behind a barrier, so that compilers do not make them one again.
+  lowered = lambda f: of(f).lower(x, wi).as_text()
+  count = lambda f: [lowered(f).count(name) for name in ('stablehlo.tanh', 'optimization_barrier')]
+  assert (count(layers._units), count(layers._product)) == ([2, 2], [1, 0])
 
 
 class TwoDrops(nn.Module):
