@@ -43,7 +43,10 @@ class Context:
 
 def _logits(query: Array, key: Array, bias: Array | None, mask: Array | None) -> Array:
   """query @ key + bias, far below all where masked: float32."""
-  logits = jnp.matmul(query, key, preferred_element_type=jnp.float32)
+  return _with_terms(jnp.matmul(query, key, preferred_element_type=jnp.float32), bias, mask)
+
+
+def _with_terms(logits: Array, bias: Array | None, mask: Array | None) -> Array:
   if bias is not None:
     logits += bias.astype(jnp.float32)
   return logits if mask is None else jnp.where(mask, logits, masks.MASKED)
@@ -136,10 +139,12 @@ def _attend(query: Array, key: Array, value: Array, bias: Array | None,
 
 def _attend_forward(query: Array, key: Array, value: Array, bias: Array | None,
                     mask: Array | None) -> tuple[Array, tuple[Array | None, ...]]:
-  logits = _logits(query, key.swapaxes(-1, -2), bias, mask)
+  logits = jnp.einsum('BNTH,BNSH->BNTS', query, key, preferred_element_type=jnp.float32)
+  logits = _with_terms(logits, bias, mask)
   largest = jnp.max(logits, axis=-1, keepdims=True, initial=masks.MASKED)  # of no keys
   weights = jnp.exp(logits - largest)
-  share = 1 / jnp.sum(weights, axis=-1, keepdims=True)
+  # Behind a barrier, or a processor would make an array of H times its size.
+  share = jax.lax.optimization_barrier(1 / jnp.sum(weights, axis=-1, keepdims=True))
   weights = weights.astype(query.dtype)
   out = share * jnp.matmul(weights, value, preferred_element_type=jnp.float32)
   out = out.astype(query.dtype)

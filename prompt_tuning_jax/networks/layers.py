@@ -235,7 +235,15 @@ def _units_forward(activations: tuple[str, ...], *parts: Array) -> tuple[Array, 
 def _units_backward(activations: tuple[str, ...], parts: tuple[Array, ...],
                     gradient: Array) -> tuple[Array, ...]:
   parts = jax.lax.optimization_barrier(parts)
-  return jax.vjp(functools.partial(_product, activations), *parts)[1](gradient)
+  gradients = []
+  for i in range(len(parts)):
+    of_part = lambda part, i=i, parts=parts: _product(activations, *parts[:i], part, *parts[i + 1:])
+    gradients += jax.vjp(of_part, parts[i])[1](gradient)
+    # A processor would keep what two gradients share, from the forward pass on; a GPU makes both in
+    # one kernel.
+    parts = jax.lax.platform_dependent(
+        parts, cpu=jax.lax.optimization_barrier, default=lambda parts: parts)
+  return tuple(gradients)
 
 
 _units.defvjp(_units_forward, _units_backward)
