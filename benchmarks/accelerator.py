@@ -17,8 +17,9 @@ PEFT    the same network in torch: bfloat16, sdpa, torch.compile of each block (
         compilation": a fraction of the minutes that the whole takes), dropout, prompt for the
         encoder alone, AdamW.
 
-The two sides take turns (A B A B …) of --steps_a_turn steps, none of which waits for the one before,
-as in training; a step's time is that part of a turn's, the ratio is that of medians.
+The two sides take turns (A B A B …) of --steps_a_turn steps, none of which waits for the one
+before, as in training; a step's time is that part of a turn's, the ratio is that of medians.
+
 Processes start and compile one size after another or, with --at_once, all together, where the
 device has room for all (kernels are then chosen on a busy device); steps are timed one at a time.
 A side that fails is told, and the others go on. --dry_run lowers the step for CUDA and for
