@@ -127,7 +127,7 @@ def times(method: str, flags: argparse.Namespace) -> dict:
     runs = {name: processes.enter_context(Apart(*alone(method, name, flags), '--serve'))
             for name in METHODS[method]}
     taken = compared(runs, {f'{name}_speedup': ('peft', name) for name in runs if name != 'peft'},
-                     flags.repeats)
+                     flags.repeats, flags.settle)
   seconds = taken['seconds']
   seconds['examples_per_second'] = {name: flags.batch_size / median
                                     for name, median in seconds['medians'].items()}
@@ -194,6 +194,8 @@ def main():
   parser.add_argument('--torch_attention', default='sdpa', choices=('sdpa', 'eager'),
                       help="transformers' implementation; sdpa is its default")
   parser.add_argument('--repeats', type=int, default=7)
+  parser.add_argument('--settle', type=int, default=2,
+                      help='steps of the same side before one that is timed')
   parser.add_argument('--devices', type=int, default=THREADS,
                       help='virtual devices that ours splits a batch over')
   parser.add_argument('--alone', metavar='RUN', help='print the memory of this run alone')

@@ -65,9 +65,14 @@ class Apart:
     return json.loads(answer)
 
 
-def take_turns(runs: dict[str, Run | Apart], repeats: int,
-               before: int = 2) -> dict[str, dict[str, list[float]]]:
-  """{clock: {run: the seconds of every turn}}, after `before` turns that compile and warm up."""
+def take_turns(runs: dict[str, Run | Apart], repeats: int, before: int = 2,
+               settle: int = 0) -> dict[str, dict[str, list[float]]]:
+  """{clock: {run: the seconds of every turn}}, after `before` turns that compile and warm up.
+
+  A turn that is timed comes behind `settle` of the same run that are not. Where another process has
+  just given its memory back, the system takes a second or two to hand it on; in training, where a
+  step follows one of its own, nobody waits for that.
+  """
   taken = {clock: {name: [] for name in runs} for clock in CLOCKS}
   turn = lambda run: run.turn() if isinstance(run, Apart) else timed(run)
   for run in runs.values():
@@ -75,16 +80,18 @@ def take_turns(runs: dict[str, Run | Apart], repeats: int,
       turn(run)
   for _ in range(repeats):
     for name, run in runs.items():
+      for _ in range(settle):
+        turn(run)
       for clock, seconds in turn(run).items():
         taken[clock][name].append(seconds)
   return taken
 
 
 def compared(runs: dict[str, Run | Apart], ratios: dict[str, tuple[str, str]],
-             repeats: int) -> dict:
+             repeats: int, settle: int = 0) -> dict:
   """{clock: the runs' medians, and {ratio: (over, under)}: of medians, and quartiles of turns'}."""
   result = {}
-  for clock, taken in take_turns(runs, repeats).items():
+  for clock, taken in take_turns(runs, repeats, settle=settle).items():
     medians = {name: statistics.median(times) for name, times in taken.items()}
     quartiles = lambda over, under, taken=taken: statistics.quantiles(
         [a / b for a, b in zip(taken[over], taken[under], strict=True)], method='inclusive')
