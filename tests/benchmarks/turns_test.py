@@ -33,6 +33,14 @@ def test_runs_here_and_in_a_process_of_their_own_take_turns(tmp_path):
   assert found['processor_seconds']['medians']['apart'] < 0.1
 
 
+def test_a_run_settles_before_it_is_timed():
+  order = []
+  runs = {name: lambda name=name: order.append(name) for name in 'ab'}
+  taken = turns.take_turns(runs, repeats=2, before=1, settle=2)['seconds']
+  assert ''.join(order) == 'ab' + 2 * 'aaabbb'
+  assert {name: len(seconds) for name, seconds in taken.items()} == {'a': 2, 'b': 2}
+
+
 def test_a_process_that_ends_early_is_told(tmp_path):
   script = tmp_path / 'fails.py'
   script.write_text('raise SystemExit(3)', 'utf-8')
