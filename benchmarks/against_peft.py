@@ -3,13 +3,13 @@
   python benchmarks/against_peft.py --output=benchmarks/against_peft.json
 
 Prompt tuning and prefix tuning of T5 with random, untied float32 weights; AdamW on what trains
-alone. Each side has a process of its own, and they take turns (A B A B …); a ratio is that of
-their median times. Ours splits a batch over a virtual device for each thread, which share one copy
-of the base (--devices=1: a single device takes it whole). Where other programs run beside it, the
-clock is unfair to torch, whose threads wait for each other after every operation: the processor's
-time, which is recorded too, says more there. Peak memory is measured in other processes
-(`peak_memory.measured`). GLIBC_TUNABLES in the environment holds for every
-side, and is recorded.
+alone. Each side has a process of its own, and they take turns, a step behind --settle that are not
+timed; a ratio is that of their median times. Ours splits a batch over a virtual device for each
+thread, which share one copy of the base (--devices=1: a single device takes it whole). Where other
+programs run beside it, the clock is unfair to torch, whose threads wait for each other after every
+operation: the processor's time, which is recorded too, says more there. Peak memory is measured in
+other processes (`peak_memory.measured`). GLIBC_TUNABLES in the environment holds for every side,
+and is recorded.
 
 What is compared with what:
 

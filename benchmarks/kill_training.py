@@ -6,7 +6,8 @@ A tiny network trains through the command line, in a process of its own. `kills`
 SIGKILL, at moments drawn uniformly from the whole time of a run or, every other time, in the middle
 of what is told of it (`MOMENTS`: a save, a prompt file, an evaluation, the data). The same command
 then goes on, and is killed again, until it comes to its end. Then its files must be, byte for byte,
-those of the run that nobody disturbed; a resumed run must begin at the newest state that was whole.
+those of the run that nobody disturbed; a resumed run must begin at the newest state that was whole,
+which is of the last save, or of the one before where the last was still being written.
 `steps` trains so many steps at once and tells its memory and open files on the way. Prints JSON;
 --output also writes it, beside what the file has of the other part.
 """
@@ -95,6 +96,11 @@ class Run:
   def runs(self) -> bool:
     return self._process.poll() is None
 
+  @property
+  def is_under_way(self) -> bool:
+    """Whether it has found its state, or taken steps: what a killed save left is gone by then."""
+    return self.step > 0 or 'Resuming at step' in self.log
+
   def until(self, happens: Callable[[], bool], pause: float = 5e-4) -> bool:
     """Waits until something happens; False if the run ends before."""
     while self.runs():
@@ -140,14 +146,14 @@ def contents(model_dir: pathlib.Path) -> dict:
 def doing(run: Run, model_dir: pathlib.Path) -> str:
   """What a run is at, as far as it shows from outside."""
   log, step = run.log, run.step
-  if 'Training ' not in log:
+  if not run.is_under_way:
     return 'start'
   if is_saving(model_dir):
     return 'save'
   if f'step {step}/' in log and step % EVAL == 0 and step and (
       log.count(f'\nstep {step}/') < 2):  # of training, and not yet of evaluation
     return 'evaluation'
-  return 'steps' if step or 'Resuming' in log else 'start'
+  return 'steps'
 
 
 def moment(kind: str, run: Run, model_dir: pathlib.Path, cache: pathlib.Path, whole: float,
@@ -160,7 +166,7 @@ def moment(kind: str, run: Run, model_dir: pathlib.Path, cache: pathlib.Path, wh
     return run.until(lambda: run.seconds > at)
   if kind == 'save':
     saves = lambda: len([s for s in states(model_dir) if s > (before or [0])[0]]) >= passed % 2
-    came = run.until(lambda: saves() and is_saving(model_dir))
+    came = run.until(lambda: run.is_under_way and saves() and is_saving(model_dir))
   elif kind == 'prompt file':
     came = run.until(lambda: any((model_dir / 'prompts').glob('.*.tmp')), pause=0)
     wait = rng.uniform(0, 0.004)
@@ -208,9 +214,11 @@ def kill(folder: pathlib.Path, kills: int, steps: int, seed: int) -> dict:
         ended_here = True
         ended += 1
       resumed = re.search(r'Resuming at step (\d+)', run.log)
-      if newest and 'Training ' in run.log and resumed:
-        check(int(resumed[1]) == newest[0], 'Not resumed at the newest whole state.', folder)
+      if newest and run.is_under_way:
+        check(bool(resumed) and int(resumed[1]) == newest[0],
+              'Not resumed at the newest whole state.', folder)
         lost.append(max(0, steps_told - newest[0]))
+        check(lost[-1] <= 2 * SAVE, f'{lost[-1]} steps were lost.', folder)
       steps_told = run.step or steps_told
     check(contents(model_dir) == expected, f'{model_dir} differs.', folder)
   return {

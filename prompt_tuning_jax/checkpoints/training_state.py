@@ -22,7 +22,6 @@ from prompt_tuning_jax.types import PyTree
 logger = logging.getLogger(__name__)
 ITEMS = ('state', 'records')
 SUMS = 'sums.json'  # in a state's folder: {file: [bytes, SHA-256]} of its items
-HASHED = 64 << 20  # bytes: of larger files the size alone is kept
 
 
 class TrainingStates:
@@ -77,6 +76,8 @@ class TrainingStates:
     try:
       self._manager.save(step, args=ocp.args.Composite(
           state=ocp.args.StandardSave(state), records=ocp.args.JsonSave(records)))
+      if jax.process_count() == 1:  # of two saves the first is whole before the second begins
+        self._manager.wait_until_finished()
     except Exception as error:  # of many kinds: of the disk, of tensorstore
       raise ValueError(self._not_saved(error)) from error
 
@@ -189,15 +190,18 @@ def _damage(folder: epath.Path) -> str | None:
   """How a state's files differ from what was written, or None; also if there are no checksums."""
   if missing := [item for item in ITEMS if not (folder / item).exists()]:
     return f'{missing[0]} is missing'
+  if not (folder / SUMS).exists():
+    return None
   try:
+    if not os.path.isfile(folder / SUMS):
+      raise ValueError
     sums = json.loads((folder / SUMS).read_text())
     for name, expected in sums.items():
-      if not (folder / name).exists():
+      if not os.path.isfile(folder / name):
         return f'{name} is missing'
-      if _sum(folder / name) != expected:
+      size, digest = _sum(folder / name)
+      if expected not in ([size, digest], [size, None]):  # None: of an earlier version
         return f'{name} is not what was written'
-  except FileNotFoundError:
-    return None
   except OSError as error:
     return f'{error.filename} cannot be read: {error.strerror}'
   except (ValueError, AttributeError):
@@ -212,8 +216,9 @@ def _shapes(tree: PyTree) -> dict[str, list]:
 
 
 def _sum(file: epath.Path) -> list:
-  size = file.stat().length
-  return [size, hashlib.sha256(file.read_bytes()).hexdigest() if size <= HASHED else None]
+  with file.open('rb') as stream:
+    digest = hashlib.file_digest(stream, 'sha256').hexdigest()
+  return [file.stat().length, digest]
 
 
 def _files(folder: epath.Path) -> list[str]:

@@ -26,8 +26,9 @@ PARTS = {'partial': ('out.partial', 'out.partial.json'), 'gzip': ('rows.jsonl.gz
 
 def parts(name: str, specimen: pathlib.Path) -> list[str]:
   """The files of a specimen that are damaged."""
-  return sorted(PARTS.get(name) or [path.relative_to(specimen).as_posix()
-                                    for path in specimen.rglob('*') if path.is_file()])
+  return sorted(PARTS.get(name) or [
+      path.relative_to(specimen).as_posix() for path in specimen.rglob('*')
+      if path.is_file() and path.name != '_CHECKPOINT_METADATA'])  # which orbax reads for itself
 
 
 def outcome(name: str, folder: pathlib.Path, expected: str) -> tuple[str, str]:

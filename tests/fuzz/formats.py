@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import serialization
 
@@ -22,6 +23,7 @@ from prompt_tuning_jax.checkpoints import (
     peft_adapter,
     prompt_file,
     t5x_legacy,
+    training_state,
 )
 from prompt_tuning_jax.data import file_digest, text_file, token_cache
 from prompt_tuning_jax.data.tokenizer_training import train_tokenizer
@@ -300,6 +302,24 @@ def _read_metrics(folder: Folder):
   return path.is_file() and path.read_text('utf-8').splitlines()  # not of /dev/zero
 
 
+def _saved_arrays():
+  return {'prompt': np.arange(600, dtype=np.float32).reshape(20, 30), 'step': np.int32(4)}
+
+
+def _make_states(folder: Folder):
+  states = training_state.TrainingStates(folder)
+  states.save(4, _saved_arrays(), {'at': 4})
+  states.close()
+
+
+def _read_states(folder: Folder):
+  states = training_state.TrainingStates(folder)
+  try:
+    return list(states.restore_latest(jax.tree.map(jnp.asarray, _saved_arrays())))
+  finally:
+    states.close()
+
+
 def _make_gin(folder: Folder):
   folder.mkdir()
   files = [f'{name}.gin' for name in ('run/quick_start',)]
@@ -351,6 +371,7 @@ FORMATS = {
     'merges': Format(_make_merges, _read_vocabulary('vocab.json'), False, 'tokenizers'),
     'words': Format(_make_words, _read_vocabulary('vocab.txt'), False, 'tokenizers'),
     'partial': Format(_make_partial, _read_partial, True),
+    'states': Format(_make_states, _read_states, True),
     'metrics': Format(_make_metrics, _read_metrics, False),
     'gin': Format(_make_gin, _read_gin, False),
 }

@@ -17,7 +17,7 @@ import pytest
 CHILD = pathlib.Path(__file__).with_name('child.py')
 # Of formats that hold checksums, nothing else than was written may be read.
 EXACT = ('prompt', 'peft', 't5', 't5_bfloat16', 't5_shards', 'gpt2', 'bart', 'bert', 't5x',
-         'token_cache', 'token_cache_large', 'gzip', 'partial')
+         'token_cache', 'token_cache_large', 'gzip', 'partial', 'states')
 # Those of others, and texts, where another text is as good: never a crash.
 OTHERS = ('npy', 't5x_of_t5x', 'jsonl', 'csv', 'tsv', 'text_task', 'spiece', 'metrics', 'gin')
 NEEDING = {'peft_of_peft': 'peft', 't5_of_transformers': 'transformers',
