@@ -23,6 +23,7 @@ from prompt_tuning_jax.types import PyTree
 FILE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 SHARD_BYTES = 5 * 10 ** 9
+END = 'eos_token_id'  # of config.json; a GPT-2's row 0 is that token's
 
 
 def is_folder(folder: pathlib.Path) -> bool:
@@ -38,13 +39,17 @@ def open_folder(folder: str | os.PathLike,
   name stands under that name.
   """
   folder = pathlib.Path(folder)
-  tensors = {}
-  for header in _headers(folder):
+  tensors, headers = {}, _headers(folder)
+  for header in headers:
     if twice := sorted(tensors.keys() & header.tensors.keys()):
       raise ValueError(f'{header.path} holds {twice[0]}, which another file of {folder} holds too: '
                        'delete the one that does not belong to this model.')
     tensors |= {name: _leaf(header, name) for name in header.tensors}
   described, is_given = hf_config.read_json(folder / 'config.json'), config is not None
+  for header in headers:
+    if header.metadata.get(END, str(described.get(END))) != str(described.get(END)):
+      raise ValueError(f'{folder / "config.json"} has {END} {described.get(END)!r}, but was '
+                       f'written with {header.metadata[END]!r}.')
   if not is_given:
     config = hf_families.read_config(folder)
   family = hf_families.of_configuration(config)
@@ -61,7 +66,8 @@ def _headers(folder: pathlib.Path) -> list[safetensors_file.Header]:
     raise ValueError(f'{folder} has no {FILE} and no {INDEX}.{hint}')
   weights = hf_config.read_json(folder / INDEX).get('weight_map')
   if not isinstance(weights, dict) or not all(
-      isinstance(name, str) and name == os.path.basename(name) for name in weights.values()):
+      isinstance(name, str) and name == os.path.basename(name) and (tensor + name).isprintable()
+      for tensor, name in weights.items()):
     raise ValueError(f'{folder / INDEX} should map each tensor, in weight_map, to a file there.')
   absent = sorted(name for name in set(weights.values()) if not (folder / name).is_file())
   if absent:
@@ -97,11 +103,12 @@ def write(folder: str | os.PathLike, config: Any, params: PyTree, *,
   described = family.config_json(config, leaves, vocabulary)
   tensors = dict(sorted(family.tensors(leaves).items()))
   files = _assign(tensors, shard_bytes)
+  metadata = {'format': 'pt', END: str(described.get(END))}
   with atomic_folder(folder, replace) as temporary:
     for file, names in files.items():
       safetensors_file.write(
           temporary / file, {name: (tensors[name].dtype, tensors[name].shape) for name in names},
-          lambda name: tensors[name].get(), {'format': 'pt'})
+          lambda name: tensors[name].get(), metadata)
     if len(files) > 1:
       index = {'metadata': {'total_size': sum(map(_num_bytes, tensors.values()))},
                'weight_map': {name: file for file, names in files.items() for name in names}}

@@ -1,11 +1,22 @@
 """T5's relative-position bias (Raffel et al. 2020, section 2.1)."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from flax.linen import partitioning
 
 from prompt_tuning_jax.types import Array, DType
+
+
+def check(config: Any) -> None:
+  """Raises ValueError where a network's buckets and their distance leave nothing to grow over."""
+  buckets, farthest = config.relative_attention_num_buckets, config.relative_attention_max_distance
+  if buckets < 4 or farthest <= buckets // 2:
+    raise ValueError('relative_attention_num_buckets must be at least 4, and '
+                     'relative_attention_max_distance more than half of it, got '
+                     f'{buckets} and {farthest}.')
 
 
 def bucket(relative_position: Array, *, bidirectional: bool, num_buckets: int,

@@ -11,7 +11,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen import partitioning
 
-from prompt_tuning_jax.networks import fused_attention, layer_stack, layers, masks
+from prompt_tuning_jax.networks import (
+    fused_attention,
+    layer_stack,
+    layers,
+    masks,
+    relative_position,
+)
 from prompt_tuning_jax.networks.adapters import Adapters
 from prompt_tuning_jax.networks.attention import MultiHeadAttention
 from prompt_tuning_jax.networks.prefix import Prefix
@@ -52,6 +58,7 @@ class T5Config:
 
   def __post_init__(self):
     layer_stack.check(self)
+    relative_position.check(self)
 
   is_masked_lm = False  # whether it answers under the inputs' masks, and decodes nothing
   max_positions = None  # Positions are relative: texts may be of any length.

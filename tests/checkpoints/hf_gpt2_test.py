@@ -217,7 +217,8 @@ def test_missing_extra_misshaped_and_truncated_tensors_are_named_at_once(tmp_pat
 ])
 def test_a_config_that_cannot_be_is_one_line(tmp_path, changes, reason):
   hf_safetensors.write(tmp_path / 'x', CONFIG, random_params())
-  path = tmp_path / 'x/config.json'
+  path, weights = tmp_path / 'x/config.json', tmp_path / 'x/model.safetensors'
+  safetensors.numpy.save_file(safetensors.numpy.load_file(weights), weights)  # as others write it
   config = json.loads(path.read_text())
   path.write_text(json.dumps(config | {'reorder_and_upcast_attn': True, 'vocab_size': 9}))
   assert load_base(tmp_path / 'x').config == CONFIG
@@ -225,6 +226,15 @@ def test_a_config_that_cannot_be_is_one_line(tmp_path, changes, reason):
   with pytest.raises(ValueError, match=reason) as error:
     load_base(tmp_path / 'x')
   assert '\n' not in str(error.value)
+
+
+def test_weights_written_with_another_end_of_text_are_refused(tmp_path):
+  hf_safetensors.write(tmp_path / 'x', CONFIG, random_params())
+  path = tmp_path / 'x/config.json'
+  config = json.loads(path.read_text())
+  path.write_text(json.dumps(config | {'eos_token_id': config['eos_token_id'] - 1}))
+  with pytest.raises(ValueError, match=f"has eos_token_id {END - 1}, but .* with '{END}'"):
+    load_base(tmp_path / 'x')
 
 
 def test_write_refuses_what_is_no_gpt2(tmp_path):

@@ -207,7 +207,8 @@ def test_a_missing_shard_names_its_tensors(tmp_path):
   with pytest.raises(ValueError, match='lacks model-00002-of-.*which should hold .*weight'):
     load_base(tmp_path / 'x')
   index = tmp_path / 'x/model.safetensors.index.json'
-  for text in ('{"weight_map": {"a": "../../etc/passwd"}}', '{}', '[', '{"weight_map": {"a": 1}}'):
+  for text in ('{"weight_map": {"a": "../../etc/passwd"}}', '{}', '[', '{"weight_map": {"a": 1}}',
+               r'{"weight_map": {"a": "b\nc"}}'):
     index.write_text(text)
     with pytest.raises(ValueError, match='index.json'):
       load_base(tmp_path / 'x')
@@ -222,6 +223,8 @@ def test_a_missing_shard_names_its_tensors(tmp_path):
     ({'feed_forward_proj': 'swish'}, 'feed_forward_proj'),
     ({'dropout_rate': 1.5}, 'dropout_rate'),
     ({'layer_norm_epsilon': 1e-5}, 'layer_norm_epsilon'),
+    ({'relative_attention_num_buckets': 1}, 'buckets must be at least 4'),
+    ({'relative_attention_max_distance': 16}, 'max_distance more than half of it, got 32 and 16'),
     ({'d_kv': 3}, 'is \\[8, 8\\], expected \\[8, 6\\]'),
 ])
 def test_a_config_that_cannot_be_is_one_line(tmp_path, changes, reason):
