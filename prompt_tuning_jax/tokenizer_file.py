@@ -99,6 +99,11 @@ class TokenizerFile:
     if not isinstance(vocabulary, dict):
       raise ValueError(f'{self.file}: expected the byte-level BPE of GPT-2 or BART, or the word '
                        'pieces of BERT, which map tokens to ids; this tokenizer does not.')
+    if not isinstance(added, list) or not all(
+        isinstance(token, dict) and isinstance(token.get('content'), str)
+        and type(token.get('id')) is int for token in added):
+      raise ValueError(f'{self.file}: added_tokens should be a list of tokens, each with its '
+                       '"content" and its "id".')
     return {**vocabulary, **{token['content']: token['id'] for token in added}}
 
   @functools.cached_property

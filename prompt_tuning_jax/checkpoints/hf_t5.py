@@ -81,7 +81,7 @@ def read_config(path: pathlib.Path, config: Json, *, is_tied: bool, feed_forward
   hf_family.expect(path, config, layer_norm_epsilon=LAYER_NORM_EPSILON)
   positive = functools.partial(hf_family.positive, path, config)
   layers = positive('num_layers', 6, most=hf_family.MOST_LAYERS)
-  return T5Config(
+  fields = dict(
       vocab_size=positive('vocab_size', 32128),
       emb_dim=positive('d_model', 512),
       num_heads=positive('num_heads', 8),
@@ -95,6 +95,10 @@ def read_config(path: pathlib.Path, config: Json, *, is_tied: bool, feed_forward
       and config.get('scale_decoder_outputs', True) is not False,
       relative_attention_num_buckets=positive('relative_attention_num_buckets', 32),
       relative_attention_max_distance=positive('relative_attention_max_distance', 128))
+  try:
+    return T5Config(**fields)
+  except ValueError as error:  # Each is a number, but together they are no network.
+    raise ValueError(f'{path}: {error}') from None
 
 
 def _activations(path: pathlib.Path, config: Json, default: str) -> tuple[str, ...]:

@@ -223,7 +223,7 @@ def test_a_missing_shard_names_its_tensors(tmp_path):
     ({'feed_forward_proj': 'swish'}, 'feed_forward_proj'),
     ({'dropout_rate': 1.5}, 'dropout_rate'),
     ({'layer_norm_epsilon': 1e-5}, 'layer_norm_epsilon'),
-    ({'relative_attention_num_buckets': 1}, 'buckets must be at least 4'),
+    ({'relative_attention_num_buckets': 1}, 'config.json: relative_.*_buckets must be at least 4'),
     ({'relative_attention_max_distance': 16}, 'max_distance more than half of it, got 32 and 16'),
     ({'d_kv': 3}, 'is \\[8, 8\\], expected \\[8, 6\\]'),
 ])
