@@ -120,9 +120,9 @@ def test_what_is_no_such_tokenizer_is_told_in_one_line(bpe_file, tmp_path, monke
   assert 'not a list' in said('b.json', '[]')
   assert 'neither a tokenizer.json nor a vocab.json' in said('c.json', '{"a": "b"}')
   assert 'merges.txt' in said('d.json', '{"a": 1}')
-  for added in ([{'id': 1}], ['<s>'], {'content': 'a', 'id': 1}, 7):
-    told = said('e.json', json.dumps({**json.loads(bpe_file.read_text('utf-8')),
-                                      'added_tokens': added}))
+  for i, added in enumerate(([{'id': 1}], ['<s>'], {'content': 'a', 'id': 1}, 7)):
+    told = said(f'added_{i}.json', json.dumps({**json.loads(bpe_file.read_text('utf-8')),
+                                                'added_tokens': added}))
     assert 'added_tokens should be a list of tokens' in told
   unigram = {'model': {'type': 'Unigram', 'vocab': [['a', 0.0]]},
              'pre_tokenizer': {'type': 'Metaspace'}}
