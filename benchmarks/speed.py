@@ -5,9 +5,10 @@
 Each benchmark runs in a process of its own; what it compares takes turns. A line says
 what is compared, our figure and the other's (seconds, unless it says otherwise), their ratio, the
 target (`TARGETS`), and whether it holds. --quick takes few turns: for a look, not for figures.
---only runs some of the benchmarks. A benchmark that fails is a line that says so, and exit status
-1. What needs an accelerator is accelerator.py's. With --output the JSON holds the table and the
-whole JSON of each benchmark, and a plot stands beside it.
+--only runs some of the benchmarks. All sides have memory in huge pages, where the system gives them
+to those that ask, unless GLIBC_TUNABLES in the environment says otherwise. A benchmark that fails
+is a line that says so, and exit status 1. What needs an accelerator is accelerator.py's. With
+--output the JSON holds the table and the whole JSON of each benchmark, and a plot stands beside it.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
+HUGE_PAGES = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
 AT_LEAST, AT_MOST = '≥', '≤'
 # {kind of line: (how, the ratio)}; a kind without a target is told without one.
 TARGETS = {
@@ -178,7 +180,7 @@ def run(name: str, quick: bool, folder: pathlib.Path) -> Any:
   command = [sys.executable, str(HERE / f'{name}.py'), *benchmark.flags,
              *(benchmark.quick if quick else ()), f'--output={output}']
   print(' '.join(command), file=sys.stderr, flush=True)
-  done = subprocess.run(command, stdout=sys.stderr, check=False)
+  done = subprocess.run(command, stdout=sys.stderr, check=False, env={**HUGE_PAGES, **os.environ})
   if done.returncode or not output.exists():
     raise SystemExit(f'{name}.py ended with status {done.returncode}')
   return json.loads(output.read_text('utf-8'))
