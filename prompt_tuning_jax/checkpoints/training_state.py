@@ -190,11 +190,11 @@ def _damage(folder: epath.Path) -> str | None:
   """How a state's files differ from what was written, or None; also if there are no checksums."""
   if missing := [item for item in ITEMS if not (folder / item).exists()]:
     return f'{missing[0]} is missing'
-  if not (folder / SUMS).exists():
-    return None
   try:
+    if not (folder / SUMS).exists():
+      return None
     if not os.path.isfile(folder / SUMS):
-      raise ValueError
+      return f'{SUMS} is not what was written'
     sums = json.loads((folder / SUMS).read_text())
     for name, expected in sums.items():
       if not os.path.isfile(folder / name):

@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen import partitioning
 
-from prompt_tuning_jax.networks import attention, layer_stack, layers, masks
+from prompt_tuning_jax.networks import attention, layer_stack, layers, masks, relative_position
 from prompt_tuning_jax.networks.adapters import Adapters
 from prompt_tuning_jax.networks.prefix import Prefix
 from prompt_tuning_jax.networks.relative_position import RelativePositionBias
@@ -70,6 +70,7 @@ class GPTConfig:
 
   def __post_init__(self):
     layer_stack.check(self)
+    relative_position.check(self, bidirectional=False)
 
   is_masked_lm = False
   # Where the embedding table is, and the modules that make each place's keys and values.

@@ -10,11 +10,12 @@ from flax.linen import partitioning
 from prompt_tuning_jax.types import Array, DType
 
 
-def check(config: Any) -> None:
+def check(config: Any, bidirectional: bool) -> None:
   """Raises ValueError where a network's buckets and their distance leave nothing to grow over."""
+  least = 4 if bidirectional else 2
   buckets, farthest = config.relative_attention_num_buckets, config.relative_attention_max_distance
-  if buckets < 4 or farthest <= buckets // 2:
-    raise ValueError('relative_attention_num_buckets must be at least 4, and '
+  if buckets < least or farthest <= buckets // 2:
+    raise ValueError(f'relative_attention_num_buckets must be at least {least}, and '
                      'relative_attention_max_distance more than half of it, got '
                      f'{buckets} and {farthest}.')
 

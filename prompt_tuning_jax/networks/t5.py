@@ -58,7 +58,7 @@ class T5Config:
 
   def __post_init__(self):
     layer_stack.check(self)
-    relative_position.check(self)
+    relative_position.check(self, bidirectional=True)
 
   is_masked_lm = False  # whether it answers under the inputs' masks, and decodes nothing
   max_positions = None  # Positions are relative: texts may be of any length.
