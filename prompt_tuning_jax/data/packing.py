@@ -62,7 +62,7 @@ class PackedBatches:
     _check_lengths(self.caches, lengths)
     put('widths', _widths(lengths, self.inputs, self.targets, self.seed))
     put('_packs', [pack(*each, *self.widths, self.seed) for each in lengths])
-    rates = self.rates and [rate * len(offsets) / len(members) for rate, (members, offsets)
+    rates = self.rates and [rate * (len(offsets) - 1) / len(members) for rate, (members, offsets)
                             in zip(self.rates, self._packs, strict=True)]
     put('_stream', Stream([len(offsets) - 1 for _, offsets in self._packs], self.seed, rates))
 

@@ -158,6 +158,17 @@ def test_each_task_of_a_mixture_has_its_own_prompt_and_its_share_of_examples():
   assert drawn[0] / drawn.sum() == pytest.approx(.75, abs=.03)
 
 
+def test_a_task_of_few_rows_has_no_more_than_its_share():
+  caches = [make_cache(4, longest=10), make_cache(300, longest=60, shortest=40, seed=1)]
+  batches = PackedBatches(caches, 8, rates=(1, 1), inputs=150, targets=60)
+  assert len(batches._packs[0][1]) - 1 == 1
+  drawn = np.zeros(2)
+  for step in range(60):
+    for k, members in batches.rows_at(step):
+      drawn[k] += len(members)
+  assert drawn[0] / drawn.sum() == pytest.approx(.5, abs=.03)
+
+
 def test_processes_share_a_batch(assert_processes_share):
   assert_processes_share(functools.partial(PackedBatches, [make_cache(100)], 6), steps=5)
 
