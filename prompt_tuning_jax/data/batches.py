@@ -314,7 +314,7 @@ def check_caches(caches: TokenCache | Sequence[TokenCache]) -> tuple[TokenCache,
   return caches
 
 
-def check_batch_size(batch_size: int, process_index: int, process_count: int) -> None:
+def check_batch_size(batch_size: int, process_index: int = 0, process_count: int = 1) -> None:
   """Raises ValueError unless the processes can share a batch."""
   if batch_size < 1 or batch_size % process_count or not 0 <= process_index < process_count:
     raise ValueError(f'batch_size must be a positive multiple of the {process_count} processes, '

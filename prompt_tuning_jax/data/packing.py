@@ -33,8 +33,8 @@ class PackedBatches:
   """Batches of one task or of a mixture, packed. `batch_size` counts rows, as in T5X.
 
   Args:
-    caches, seed, virtual, rates, process_index, process_count: as of `TrainBatches`; `rates` are
-      shares of examples, and the examples of a row are of one task.
+    caches, seed, virtual, rates: as of `TrainBatches`; `rates` are shares of examples, and the
+      examples of a row are of one task.
     inputs, targets: the widths of rows, the inputs' with prompts. Default: the narrowest in which
       91 % are tokens (up to four times the longest example), and as many targets as go with it.
 
@@ -49,14 +49,12 @@ class PackedBatches:
   inputs: int | None = None
   targets: int | None = None
   rates: Sequence[float] | None = None
-  process_index: int = 0
-  process_count: int = 1
 
   def __post_init__(self):
     put = functools.partial(object.__setattr__, self)
     put('caches', check_caches(self.caches))
     put('virtual', one_each(self.virtual, len(self.caches)))
-    check_batch_size(self.batch_size, self.process_index, self.process_count)
+    check_batch_size(self.batch_size)
     lengths = [(cache.input_lengths + (virtual.length if virtual else 0), cache.target_lengths)
                for cache, virtual in zip(self.caches, self.virtual, strict=True)]
     _check_lengths(self.caches, lengths)
@@ -95,11 +93,9 @@ class PackedBatches:
     return rows
 
   def batch_at(self, step: int) -> dict[str, np.ndarray]:
-    """This process's rows of batch `step` (from 0)."""
-    local = self.batch_size // self.process_count
-    rows = self.rows_at(step)[local * self.process_index:][:local]
-    return packed([[self._example(source, i) for i in members] for source, members in rows],
-                  *self.widths)
+    """Batch `step` (from 0)."""
+    return packed([[self._example(source, i) for i in members]
+                   for source, members in self.rows_at(step)], *self.widths)
 
   def _example(self, source: int, i: int) -> tuple[np.ndarray, np.ndarray]:
     """One example's inputs, prompt included, and targets."""

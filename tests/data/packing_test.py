@@ -1,6 +1,5 @@
 """Packed batches: every example once an epoch, whole, with its own prompt; and little padding."""
 
-import functools
 import itertools
 
 import numpy as np
@@ -169,10 +168,6 @@ def test_a_task_of_few_rows_has_no_more_than_its_share():
   assert drawn[0] / drawn.sum() == pytest.approx(.5, abs=.03)
 
 
-def test_processes_share_a_batch(assert_processes_share):
-  assert_processes_share(functools.partial(PackedBatches, [make_cache(100)], 6), steps=5)
-
-
 def test_one_long_example_is_one_row():
   batches = PackedBatches([make_cache(1, longest=30, shortest=30)], 2)
   assert batches.examples_per_batch == 2
@@ -186,11 +181,11 @@ def test_what_cannot_be_packed_is_refused():
        {'inputs': 54, 'virtual': VirtualTokens(V, 5)}),
       ('PackedBatches.targets should be .* the longest example, got 1', {'targets': 1}),
       ('inputs should be a whole number', {'inputs': 'wide'}),
-      ('multiple of the 3 processes', {'process_count': 3}),
+      ('batch_size must be a positive', {'batch_size': 0}),
       ('positive rate', {'rates': (-1,)}),
       ('Expected one prompt', {'virtual': [None, None]})]:
     with pytest.raises(ValueError, match=message):
-      PackedBatches([cache], 8, **arguments)
+      PackedBatches([cache], **{'batch_size': 8, **arguments})
   with pytest.raises(ValueError, match='neither inputs nor a prompt'):
     empty = TokenCache(None, {'task': 'lm'}, np.zeros(0, np.int32), np.zeros(3, np.int64),
                        cache.target_tokens, cache.target_offsets[:3])
