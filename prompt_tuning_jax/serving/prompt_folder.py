@@ -66,7 +66,9 @@ class PromptFolder:
     except OSError as error:  # a folder that cannot be read is no reason to forget what was in it
       self._refuse({self._folder: _one_line('', error)})
       return Changes({}, (), dict(self._refused))
-    fresh = {name: stamp for name, stamp in found.items() if self._seen.get(name) != stamp}
+    left = self._seen.keys() - found.keys()  # what was refused may fit without them
+    fresh = {name: stamp for name, stamp in found.items()
+             if self._seen.get(name) != stamp or left and name in self._refused}
     files = {}
     for name, stamp in fresh.items():
       try:
@@ -77,7 +79,8 @@ class PromptFolder:
       except Exception as error:  # noqa: BLE001 a file is never a reason to stop serving
         files.pop(name, None)
         refused[name] = _one_line(name, error)
-    added = _fitting(bank, files, refused)
+    staying = [file for name, file in bank.files.items() if name in found and name not in files]
+    added = _fitting(staying, files, refused)
     self._seen = found
     still = {name: why for name, why in self._refused.items()
              if name in found and name not in fresh}
@@ -86,7 +89,7 @@ class PromptFolder:
     return Changes(added, gone, dict(self._refused))
 
   def give_up(self, names: Iterable[str], why: str) -> None:
-    """Refuses files that `changes` found good, until they change."""
+    """Refuses files that `changes` found good, until they change or others go."""
     self._refuse(dict.fromkeys(names, why), self._refused)
 
   def _refuse(self, refused: Mapping[str, str], still: Mapping[str, str] | None = None) -> None:
@@ -143,12 +146,11 @@ def _read(stamp: Stamp) -> PromptFile:
   return prompt_file.load(stamp.path)
 
 
-def _fitting(bank: PromptBank, files: Mapping[str, PromptFile],
+def _fitting(staying: Iterable[PromptFile], files: Mapping[str, PromptFile],
              refused: dict[str, str]) -> dict[str, PromptFile]:
-  """Those of `files` that fit beside each other and the bank's; the others go to `refused`."""
+  """Those of `files` that fit beside each other and those staying; the others go to `refused`."""
   kept = {}
-  others = (file for name, file in bank.files.items() if name not in files)
-  activation = next(filter(None, map(activation_of, others)), None)
+  activation = next(filter(None, map(activation_of, staying)), None)
   for name, file in files.items():
     own = activation_of(file)
     activation = activation or own

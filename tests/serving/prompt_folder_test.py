@@ -152,6 +152,28 @@ def test_changed_files_come_again_and_a_broken_one_leaves_the_old_in_place(tmp_p
   assert look() == ([], ['second'], []) and not bank.files
 
 
+def test_adapters_of_another_activation_take_the_place_of_those_that_go(tmp_path, base):
+  shapes = {'down': (1, 8, 2), 'down_bias': (1, 2), 'up': (1, 2, 8), 'up_bias': (1, 8)}
+
+  def write_adapters(name, activation):
+    prompt_file.save(tmp_path / f'{name}.safetensors', prompt_file.PromptFile(
+        {f'adapter/encoder_mlp/{leaf}': np.ones(shape, np.float32)
+         for leaf, shape in shapes.items()},
+        prompt_file.describe(base, method='adapters', activation=activation)))
+
+  write_adapters('one', 'gelu')
+  folder, bank = PromptFolder(str(tmp_path)), PromptBank(base)
+  bank = bank.replaced(folder.changes(bank, 32).added)
+  write_adapters('beside', 'relu')
+  changes = folder.changes(bank, 32)
+  assert not changes.added and 'activation relu' in changes.refused['beside']
+  (tmp_path / 'one.safetensors').unlink()
+  write_adapters('instead', 'relu')
+  changes = folder.changes(bank, 32)
+  assert set(changes.added) == {'beside', 'instead'} and changes.removed == ('one',)
+  assert not changes.refused
+
+
 def test_files_beside_a_folder_and_no_folder(tmp_path, base):
   write(tmp_path / 'one.safetensors', base)
   files = {'renamed': str(tmp_path / 'one.safetensors')}
