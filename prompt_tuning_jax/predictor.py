@@ -137,7 +137,7 @@ class Predictor:
   """Runs one model over lists of token ids (unpadded, end-of-sequence id included).
 
   `virtual` is in every input, or with a `bank` each input has what its slot says (`slots`; without
-  any the base answers alone).
+  any the base answers alone). `batch_size` is rounded up to a multiple of a batch's parts.
   """
 
   def __init__(self, model: PromptedModel, vocabulary: Vocabulary,
@@ -145,7 +145,8 @@ class Predictor:
                max_decode_length: int = 64, partitioner: Partitioner = Partitioner(),
                bank: PromptBank | None = None):
     self._vocabulary, self._virtual, self._bank = vocabulary, virtual, bank
-    self._batch_size, self._partitioner = batch_size, partitioner
+    self._batch_size = batch_size + -batch_size % partitioner.copies
+    self._partitioner = partitioner
     self._config, self._max_decode_length = model.network.config, max_decode_length
     self._decoding = DecodingSettings()
     # Answers are whole on every device, so that each of several processes has all of them.

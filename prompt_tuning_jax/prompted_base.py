@@ -105,12 +105,10 @@ def load(base: str, prompt: str | None = None, *, prompts: str | Mapping[str, st
 
   `prompt` is one file, of any method; `prompts` {name: file}, or a folder of them, make a bank.
   `parameter_dtype` is that of the base's parameters, such as 'int8'; None is `dtype`.
-  `partitioner` says how base and batches are split over devices; `batch_size` is rounded up to a
-  multiple of a batch's parts.
+  `partitioner` says how base and batches are split over devices.
   """
   file = prompt_file.load(prompt) if prompt else None
   files = None if prompts is None else read_prompts(prompts)
-  batch_size += -batch_size % partitioner.copies
   loaded = base_checkpoint.load_base(base, config=network, vocabulary_file=vocabulary_file,
                                      dtype=parameter_dtype or dtype,
                                      sharding_for=partitioner.sharding_for(logical_axes))
