@@ -13,10 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from prompt_tuning_jax import param_paths
-from prompt_tuning_jax.checkpoints import prompt_file
+from prompt_tuning_jax.checkpoints import processes, prompt_file
 from prompt_tuning_jax.checkpoints.base_checkpoint import Base
 from prompt_tuning_jax.data.token_cache import TokenCache
 from prompt_tuning_jax.prompted_model import PromptedModel
@@ -61,10 +60,8 @@ class DiscretePrompt:
     found = words(vocabulary)
     if not len(found):
       raise ValueError('The vocabulary has no pieces that are text.')
-    table = base.embedding
-    if not (table.is_fully_addressable or table.is_fully_replicated):
-      table = multihost_utils.process_allgather(table, tiled=True)
-    return dataclasses.replace(self, decode=vocabulary.decode, table=np.asarray(table, np.float32),
+    table = np.asarray(processes.whole(base.embedding), np.float32)
+    return dataclasses.replace(self, decode=vocabulary.decode, table=table,
                                search=dataclasses.replace(self.search, words=found))
 
   def model(self, config: Any) -> PromptedModel:

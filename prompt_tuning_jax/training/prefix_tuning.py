@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prompt_tuning_jax.checkpoints import prompt_file
+from prompt_tuning_jax.checkpoints import processes, prompt_file
 from prompt_tuning_jax.checkpoints.base_checkpoint import Base
 from prompt_tuning_jax.networks.prefix import PLACES
 from prompt_tuning_jax.prompted_model import PromptedModel
@@ -45,8 +45,8 @@ class WordActivations:
 
   def _stacked(self, layers: Mapping[str, Any], attention: str, config: Any) -> np.ndarray:
     """[L, 2, P, N, H] of the layers of one stack."""
-    of = lambda i, name: np.asarray(layers[f'layers_{i}'][attention][name]['__call__'][0][0],
-                                    np.float32)
+    of = lambda i, name: np.asarray(processes.whole(
+        layers[f'layers_{i}'][attention][name]['__call__'][0][0]), np.float32)
     count = sum(name.startswith('layers_') for name in layers)
     stacked = np.stack([[of(i, 'key'), of(i, 'value')] for i in range(count)])
     return stacked.reshape(*stacked.shape[:3], config.num_heads, config.head_dim)

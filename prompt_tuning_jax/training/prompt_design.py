@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from prompt_tuning_jax import tokenizer_file
+from prompt_tuning_jax.checkpoints import processes
 from prompt_tuning_jax.checkpoints.base_checkpoint import Base
 from prompt_tuning_jax.data.token_cache import TokenCache
 from prompt_tuning_jax.prompted_model import PromptedModel
@@ -89,8 +90,8 @@ class PromptDesign:
     if kept < len(picked):
       logger.warning('%d of %d examples fit into %d tokens.', kept, len(picked),
                      self.context_length)
-    return dataclasses.replace(
-        self, text=text_of(kept), rows=np.asarray(base.embedding[np.asarray(ids)], np.float32))
+    rows = np.asarray(processes.whole(base.embedding[np.asarray(ids)]), np.float32)
+    return dataclasses.replace(self, text=text_of(kept), rows=rows)
 
   def model(self, config: Any) -> PromptedModel:
     """The network with the text before its inputs."""

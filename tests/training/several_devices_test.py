@@ -32,7 +32,7 @@ RUNS = {  # name: (method, preset, further flags)
 
 def command(folder, base, reviews, method, preset, more=(), steps=4) -> list[str]:
   """Flags of `train`. Dropout is on: masks must not depend on how many devices there are."""
-  length = () if method in ('lora', 'model_tuning') else ('--gin.PROMPT_LENGTH=4',)
+  length = () if method in ('lora', 'model_tuning', 'prompt_design') else ('--gin.PROMPT_LENGTH=4',)
   return [
       '--gin_file=run/prompt_tuning_text_file.gin', f'--gin_file=method/{method}.gin',
       f'--gin_file=partitioning/{preset}.gin', f'--gin.MODEL_DIR={folder}',
@@ -85,10 +85,15 @@ def on_one_device(cache, tmp_path_factory, tiny_base, reviews):
   folders = {}
   for method in {method for method, *_ in RUNS.values()}:
     folders[method] = tmp_path_factory.mktemp('one') / method
-    flags = launch.parse_flags(command(folders[method], tiny_base, reviews, method, 'data'))
-    launch.read_config(launch.find_files(flags.gin_file), flags.gin_bindings, run.train)
-    run.train(**launch.resolve(run.train, config_text=None)[0])
+    train_here(command(folders[method], tiny_base, reviews, method, 'data'))
   return folders
+
+
+def train_here(argv: list[str]) -> None:
+  """As `python -m prompt_tuning_jax.train` would, in this process, on one device."""
+  flags = launch.parse_flags(argv)
+  launch.read_config(launch.find_files(flags.gin_file), flags.gin_bindings, run.train)
+  run.train(**launch.resolve(run.train, config_text=None)[0])
 
 
 @pytest.fixture(scope='module')
@@ -149,6 +154,20 @@ def test_two_processes_train_as_one_device_does(on_one_device, tmp_path, tiny_ba
   assert 'The trained prompt' in said[0] and 'step' not in said[1]
   report = json.loads((tmp_path / 'model' / 'report.json').read_text('utf-8'))
   assert report['steps'] == 4 and report['best_step'] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('method', 'preset', 'more'), [
+    ('prompt_design', 'fsdp', ('--gin.EXAMPLES=2',)),
+    ('prefix_tuning', 'tensor', ('--gin_file=prefix/words.gin', '--gin.PREFIX_TEXT=a dull film',
+                                 '--gin.prefix_tuning.PrefixTuning.width=None')),
+    ('evolutionary_search', 'fsdp_tensor', ())])
+def test_two_processes_start_from_words_of_a_base_in_parts(
+    cache, tmp_path, tiny_base, reviews, method, preset, more):
+  argv = lambda name, preset: command(tmp_path / name, tiny_base, reviews, method, preset, more)
+  finished(in_two_processes(argv('two', preset)))
+  train_here(argv('one', 'data'))
+  assert_alike(tmp_path / 'two', tmp_path / 'one')
 
 
 @pytest.mark.slow
