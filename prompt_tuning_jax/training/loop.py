@@ -151,7 +151,7 @@ def train(state: TrainState, stop: Callable[[int], bool],
 
   if evaluate and not schedule.train_steps and records.last_value is None:
     measure()
-  stopped = False
+  stopped, saved = False, None
   while step < schedule.train_steps and not (stopped := stop(step)):
     if schedule.patience and records.evaluations_since_best >= schedule.patience:
       logger.info('Stopped early: no evaluation was better than the one at step %d.',
@@ -173,10 +173,12 @@ def train(state: TrainState, stop: Callable[[int], bool],
       measure()
     if _due(step, schedule.save_period):
       _save_all(state, states, records, save, began)
+      saved = step
   records.stopped = stopped
   if stopped:
     logger.warning('Stopping at step %d as a signal asked; the same command resumes there.', step)
-  _save_all(state, states, records, save, began)
+  if saved != step:
+    _save_all(state, states, records, save, began)
   states.wait()
   return state
 

@@ -85,6 +85,12 @@ def test_sigterm_saves_and_returns_after_the_step(tmp_path):
   assert (tmp_path / 'checkpoints' / '6').is_dir()
 
 
+def test_a_step_that_was_just_saved_is_not_saved_again(tmp_path):
+  assert run(tmp_path / 'end', loop.Schedule(4, save_period=2)).last == [2, 4]
+  hook = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None
+  assert run(tmp_path / 'stop', loop.Schedule(100, save_period=4), step_hook=hook).last == [4]
+
+
 def test_metrics_are_one_object_a_line_and_a_restart_writes_no_step_twice(tmp_path):
   run(tmp_path, loop.Schedule(6, eval_period=3, log_period=2), values=[.5, .6])
   lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
