@@ -70,6 +70,8 @@ class Records:
   best_seconds: float = 0.0
   peak_bytes: int = 0
   stopped: bool = False  # by a signal, the last time
+  # The metrics of the steps that no line has told yet.
+  pending: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
   def add(self, evaluation: Evaluation, step: int) -> bool:
     """Takes an evaluation; True if it is the best so far."""
@@ -135,8 +137,7 @@ def train(state: TrainState, stop: Callable[[int], bool],
   Raises:
     Diverged: the loss stopped being finite; the last good leaves have been saved.
   """
-  pending: list[dict[str, jax.Array]] = []
-  step = int(state.step)
+  pending, step = records.pending, int(state.step)
   began = time.monotonic() - records.seconds
 
   def measure() -> None:
@@ -187,6 +188,8 @@ def _save_all(state: TrainState, states: TrainingStates, records: Records, save:
               began: float) -> None:
   _check_divergence(state, states, save)
   records.seconds = time.monotonic() - began
+  records.pending[:] = [{name: float(value) for name, value in metrics.items()}
+                        for metrics in jax.device_get(records.pending)]
   records.peak_bytes = max(records.peak_bytes, report.peak_memory()['peak_bytes'])
   # A state that is whole has its files beside it.
   states.save(int(state.step), state, dataclasses.asdict(records),
@@ -197,10 +200,11 @@ def _due(step: int, period: int) -> bool:
   return period > 0 and step % period == 0
 
 
-def _mean(metrics: list[dict[str, jax.Array]]) -> dict[str, float]:
-  """Means over steps."""
+def _mean(metrics: list[dict[str, Any]]) -> dict[str, float]:
+  """Means over steps, in float64: the same of what was saved and of what is on the device."""
   fetched = jax.device_get(metrics)
-  return {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
+  return {name: float(np.mean([m[name] for m in fetched], dtype=np.float64))
+          for name in fetched[0]}
 
 
 def _check_divergence(state: TrainState, states: TrainingStates, save: Callable) -> None:

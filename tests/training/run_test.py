@@ -1,5 +1,6 @@
 """A whole run on a tiny base: its files, resuming, and every way of using the prompt."""
 
+import contextlib
 import functools
 import json
 import os
@@ -116,6 +117,27 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
   both = losses(folder).keys() & losses(tmp_path / 'model').keys()
   assert both >= {2, 4, 8, 10, 12}
   assert all(losses(folder)[step] == losses(tmp_path / 'model')[step] for step in both - {6})
+
+
+def test_a_resumed_run_tells_what_an_uninterrupted_one_does(
+    tmp_path, tiny_base, reviews, monkeypatch):
+  """It was stopped by a signal between two lines, and then killed after the next one."""
+  def killed(step):
+    if step == 7:
+      raise KeyboardInterrupt
+
+  train = lambda name: trained(tmp_path / name, tiny_base, reviews, log_period=3)
+  train('whole')
+  with monkeypatch.context() as patch:
+    for stop in (lambda step: step == 5, killed):
+      patch.setattr(loop, 'stop_requested', functools.partial(contextlib.nullcontext, stop))
+      with contextlib.suppress(KeyboardInterrupt):
+        train('parts')
+  train('parts')
+  one, other = (read(tmp_path / name / 'metrics.jsonl') for name in ('whole', 'parts'))
+  for line in (*one, *other):
+    line.pop('examples_per_second', None)
+  assert one == other and [line['step'] for line in one] == [3, 4, 6, 8, 9, 12, 12]
 
 
 def test_another_optimizer_in_the_same_folder_is_refused(tmp_path, tiny_base, reviews):
