@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 BUILDER = 'prompt_tuning_jax.data.seqio_builder'
 BUNDLED = 'prompt_tuning_jax.tasks'
+TOKENISING = tuple(f'prompt_tuning_jax.{name}' for name in (
+    'data.vocabulary', 'data.tokenizer', 'data.byte_level_bpe', 'data.word_piece',
+    'tokenizer_file'))
 MOST_PROCESSES = 16
 BLOCK = 1024  # Rows; what is tokenised apart begins at a multiple.
 LEAST_ROWS = 8 * BLOCK  # Fewer are tokenised sooner than another TensorFlow starts.
@@ -76,7 +79,7 @@ class SeqioTask:
     """
     del split
     sources = [path for module in self.modules for path in module_files(module)]
-    for module in (BUILDER, __name__, token_cache.__name__):
+    for module in (BUILDER, __name__, token_cache.__name__, *TOKENISING):
       sources += module_files(module)
     code = hashlib.sha256()
     for path in sources:

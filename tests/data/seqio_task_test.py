@@ -377,6 +377,16 @@ def test_key_follows_code_and_data(tmp_path, monkeypatch):
   assert moved.key_parts('train') == keys[2]
 
 
+@pytest.mark.parametrize('name', ['data.vocabulary', 'data.tokenizer', 'data.byte_level_bpe',
+                                  'data.word_piece', 'tokenizer_file'])
+def test_key_follows_the_code_that_writes_texts_as_tokens(tmp_path, monkeypatch, name):
+  before, find = SeqioTask('quick_start').key_parts('train'), seqio_task.module_files
+  (tmp_path / 'changed.py').write_text('')
+  monkeypatch.setattr(seqio_task, 'module_files', lambda module: (
+      [tmp_path / 'changed.py'] if module == f'prompt_tuning_jax.{name}' else find(module)))
+  assert SeqioTask('quick_start').key_parts('train') != before
+
+
 def test_wrong_arguments():
   with pytest.raises(ValueError, match="no task module 'absent.module'"):
     SeqioTask('t', modules=('absent.module',)).key_parts('train')
