@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.data.prefetch import Prefetch
+from prompt_tuning_jax.prompts import weight_changes
 from prompt_tuning_jax.training import run
 from prompt_tuning_jax.training.loop import Diverged, Training
 from prompt_tuning_jax.training.state import TrainState
@@ -193,9 +194,11 @@ def _kind(training: Training) -> tuple:
             for path, leaf in leaves.items()}
   model = recipe.model if not leaves.keys() & set(ROWS) else recipe.model.clone(prompt=None)
   batch = {name: (len(array), array.dtype) for name, array in training.batch_at(0).items()}
+  # Leaves of the base are the same arrays; a part of a change that is frozen each run has made.
+  frozen = [np.asarray(leaf).tobytes() if kind in weight_changes.KINDS else id(leaf)
+            for kind, leaves in training.frozen.items() for leaf in jax.tree.leaves(leaves)]
   return (model, shapes, batch, recipe.guided, recipe.z_loss, recipe.label_smoothing,
-          recipe.num_microbatches, recipe.partitioner, recipe.choices,
-          [id(leaf) for leaf in jax.tree.leaves(training.frozen)])
+          recipe.num_microbatches, recipe.partitioner, recipe.choices, frozen)
 
 
 def _stacked(*leaves: Array, of: Any = jnp) -> Array:

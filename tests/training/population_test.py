@@ -17,6 +17,7 @@ from prompt_tuning_jax.networks import t5
 from prompt_tuning_jax.training import lightweight, loop, methods, population, run
 from prompt_tuning_jax.training import state as train_state
 from prompt_tuning_jax.training.step import Recipe, make_train_step
+from prompt_tuning_jax.training.warp import Warp
 
 CONFIG = t5.T5Config(vocab_size=40, emb_dim=8, num_heads=2, num_encoder_layers=1,
                      num_decoder_layers=1, head_dim=4, mlp_dim=16, dropout_rate=0.0)
@@ -222,6 +223,33 @@ def test_a_populations_files_are_those_of_single_runs_and_it_resumes_bit_for_bit
     assert json.loads((tmp_path / 'whole' / name / 'report.json').read_text()) == whole[name]
   for name in ('short', 'long', 'other'):
     np.testing.assert_array_equal(kept(tmp_path / 'whole', name), kept(tmp_path / 'parts', name))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('token_dir')
+def test_runs_of_warp_train_together_unless_their_labels_differ(tmp_path, tiny_base, reviews):
+  """Which columns are the labels' is a frozen leaf that every run makes for itself."""
+  def given(folder, name, good, bad, length, seed):
+    path = tmp_path / f'{good}.jsonl'
+    path.write_text(reviews.read_text('utf-8').replace('"good"', f'"{good}"')
+                    .replace('"bad"', f'"{bad}"'), 'utf-8')
+    return {**arguments(folder / name, tiny_base, reviews, task=TextFile(str(path))),
+            'method': Warp(length), 'seed': seed}
+
+  members = {'one': ('warm', 'dull', 2, 0), 'two': ('warm', 'dull', 3, 1),
+             'other': ('song', 'film', 2, 0)}
+  ready = population.prepared({name: given(tmp_path / 'together', name, *member)
+                               for name, member in members.items()})
+  first, second = population.groups(ready, 3)
+  assert (list(first), list(second)) == (['one', 'two'], ['other'])
+  population.train(first)
+  for name in first:
+    run.train(**given(tmp_path / 'alone', name, *members[name]))
+    one, other = (prompt_file.load(tmp_path / folder / name / 'prompts' / 'last.safetensors').params
+                  for folder in ('together', 'alone'))
+    assert one.keys() == other.keys() and len(one) == 3
+    for path, leaf in one.items():
+      np.testing.assert_allclose(leaf, other[path], rtol=1e-4, atol=1e-5, err_msg=path)
 
 
 @pytest.mark.slow
