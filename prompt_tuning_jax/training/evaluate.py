@@ -62,9 +62,9 @@ def labels_of(rows: Iterable[Mapping[str, Any]]) -> list[str] | None:
   kinds = set()
   for row in rows:
     kinds.add(tuple(row.get('choices') or ()))
-    if len(kinds) > 1:
+    if len(kinds) > 1 or () in kinds:
       return None
-  return list(kinds.pop()) or None if kinds else None
+  return list(kinds.pop()) if kinds else None
 
 
 def first_pieces(caches: Sequence[TokenCache], vocabulary: Any,
@@ -80,9 +80,8 @@ def first_pieces(caches: Sequence[TokenCache], vocabulary: Any,
   labels = labels_of(caches[0].rows) if len(caches) == 1 else None
   if not labels:
     raise ValueError('Expected one task whose targets are labels.')
-  every = [vocabulary.framed(vocabulary.encode(label), 'targets') for label in labels]
+  every = _uncut(caches[0], labels, vocabulary)
   most = len(os.path.commonprefix(every)) + 1
-  _check_uncut(caches[0], labels, every)
   ids = tuple(tuple(label[:most]) for label in every)
   if len(set(ids)) < len(ids):
     raise ValueError(f'Labels need first pieces of their own, got {", ".join(labels)}: `python -m '
@@ -90,26 +89,35 @@ def first_pieces(caches: Sequence[TokenCache], vocabulary: Any,
   return ids
 
 
-def _check_uncut(cache: TokenCache, labels: Sequence[str], every: Sequence[Sequence[int]]) -> None:
+def _uncut(cache: TokenCache, labels: Sequence[str], vocabulary: Any) -> list[list[int]]:
+  """The ids of each label; ValueError where targets have no room for them."""
+  every = [vocabulary.framed(vocabulary.encode(label), 'targets') for label in labels]
   most = cache.meta['lengths']['targets']
   longest, label = max((len(ids), label) for ids, label in zip(every, labels, strict=True))
   if longest > most:
     raise ValueError(f'The label {label!r} takes {longest} tokens, its end included, and the '
                      f"targets' length is {most}: raise 'targets' of TASK_FEATURE_LENGTHS.")
+  return every
 
 
 def choices(loss: str, caches: Sequence[TokenCache], vocabulary: Any,
             rank_labels: bool) -> Choices | None:
   """What a loss needs: one of 'targets', 'labels' (among the task's), or 'both'.
 
-  Raises ValueError for others, and where labels are trained to be ranked and are not ranked.
+  Raises ValueError for others, where labels are trained to be ranked and are not ranked, and where
+  labels would be trained without their end, while ranking asks for all of them.
   """
   if loss not in LOSSES:
     raise ValueError(f'The loss must be one of {", ".join(LOSSES)}, got {loss!r}.')
   if loss == 'labels' and not rank_labels:
     raise ValueError("The loss 'labels' trains labels to be ranked: leave rank_labels True, or "
                      "take 'both'.")
-  return None if loss == 'targets' else Choices(first_pieces(caches, vocabulary), loss == 'both')
+  if loss != 'targets':
+    return Choices(first_pieces(caches, vocabulary), loss == 'both')
+  for cache in caches:
+    if cache.meta['num_cut']['targets'] and (labels := labels_of(cache.read_rows())):
+      _uncut(cache, labels, vocabulary)
+  return None
 
 
 def evaluator(predictors: Sequence[Predictor], caches: Sequence[TokenCache],

@@ -284,6 +284,17 @@ def test_targets_behind_a_sentinel(tmp_path):
   assert seqio.get_mixture_or_task('quick_start').preprocessors  # the task itself is as it was
 
 
+def test_labels_that_training_would_cut_are_refused(tmp_path, monkeypatch):
+  pytest.importorskip('seqio')
+  cache = build(tmp_path, 'quick_start', 'validation', 20, modules=['prompt_tuning_jax.tasks'])
+  cache.meta['lengths'] = LENGTHS
+  with pytest.raises(ValueError, match=r"The label '\w+' takes .* length is 4: raise 'targets'"):
+    evaluate.choices('targets', [cache], BYTES, True)
+  of_rows = [{'choices': ['a long answer', str(i)]} for i in range(2)]  # which are no labels
+  monkeypatch.setattr(token_cache.TokenCache, 'read_rows', lambda cache: of_rows)
+  assert evaluate.choices('targets', [cache], BYTES, True) is None
+
+
 def test_eos_is_ours_to_keep(tmp_path):
   with_theirs, with_ours = (build(tmp_path / name, name) for name in ('many', 'eos_by_us'))
   assert with_theirs.target_tokens.tolist() == with_ours.target_tokens.tolist()
