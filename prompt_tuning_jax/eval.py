@@ -44,7 +44,8 @@ def _task(flags, prompted) -> Answered:
   from prompt_tuning_jax.data import token_cache
   from prompt_tuning_jax.data.seqio_task import SeqioTask
   from prompt_tuning_jax.training.evaluate import Evaluator
-  task = SeqioTask(flags.task, eval_split=flags.split or 'validation', sentinel=flags.sentinel,
+  task = SeqioTask(flags.task, eval_split=flags.split or 'validation',
+                   sentinel=flags.sentinel or 'target_prefix' in prompted.metadata,
                    template=flags.template or '{}', modules=tuple(flags.modules))
   lengths = {'inputs': flags.max_input_length, 'targets': flags.max_decode_length}
   cache = token_cache.open_or_build(task, task.eval_split, prompted.vocabulary, lengths)
@@ -64,20 +65,25 @@ def _file(flags, prompted) -> Answered:
   import numpy as np
 
   from prompt_tuning_jax import jsonl, metrics, ranking
-  from prompt_tuning_jax.data import text_file
+  from prompt_tuning_jax.checkpoints import prompt_file
+  from prompt_tuning_jax.data import text_file, token_cache
   from prompt_tuning_jax.training import ensemble
   rows = list(jsonl.rows(flags.input))
   if not rows:
     raise ValueError(f'{flags.input} has no rows.')
   inputs = [prompted.tokens(place, row, 'input', flags.max_input_length) for place, row in rows]
   told = _told(prompted)
-  targets = [_target(prompted, place, row, told or ()) for place, row in rows]
+  marked = any('target_prefix' in prompt.metadata for prompt in _prompts(prompted))
+  plain = token_cache.without_sentinel if marked else str
+  targets = [plain(_target(prompted, place, row, told or ())) for place, row in rows]
   labels = text_file.labels_among(collections.Counter(targets)) if told is None else told
   for (place, _), target in zip(rows, targets, strict=True):
     if labels and target not in labels:
       raise ValueError(f'{place}: the target {target!r} is none of the labels {labels}.')
-  measured = metrics.accuracy if labels else metrics.exact_match
-  choices = [labels] * len(inputs) if labels and not flags.decode else None
+  metric = metrics.accuracy if labels else metrics.exact_match
+  measured = lambda texts: metric(targets, list(map(plain, texts)))
+  written = prompt_file.written(prompted.metadata, labels)
+  choices = [written] * len(inputs) if labels and not flags.decode else None
   if choices and len(labels) > 1:
     ranking.check_distinct(labels, prompted.predictor.choice_ids([labels])[0])
   _check_search(flags, choices is None)
@@ -87,16 +93,16 @@ def _file(flags, prompted) -> Answered:
   if prompted.bank:
     given = ensemble.answers(predictor, params, prompted.bank, inputs, choices)
     predictions = given.majority_vote
-    values = ensemble.report(given, lambda texts: measured(targets, texts),
-                             lambda of: next(iter(of.values())))
+    values = ensemble.report(given, measured, lambda of: next(iter(of.values())))
   else:
     if choices:
       ranked = predictor.rank(params, inputs, choices)
       predictions = [labels[int(np.argmax(scores))] for scores in ranked]
     else:
       predictions = predictor.generate(params, inputs)
-    values = measured(targets, predictions)
-  answered = [{**row, 'prediction': text} for (_, row), text in zip(rows, predictions, strict=True)]
+    values = measured(predictions)
+  answered = [{**row, 'prediction': plain(text)}
+              for (_, row), text in zip(rows, predictions, strict=True)]
   name = pathlib.Path(flags.input).name.removesuffix('.gz')
   return pathlib.Path(name).stem, {'examples': len(rows), **values}, answered
 
@@ -118,10 +124,15 @@ def _target(prompted, place: str, row: dict[str, Any], labels: Sequence[str]) ->
   return prompted.vocabulary.decode(ids).strip()
 
 
+def _prompts(prompted) -> list[Any]:
+  """What has the metadata of each prompt."""
+  return [*prompted.bank.files.values()] if prompted.bank else [prompted]
+
+
 def _told(prompted) -> list[str] | None:
   """The labels that the prompts tell; [] is free text; None if none of them tells."""
-  files = prompted.bank.files.values() if prompted.bank else [prompted]
-  told = [file.metadata['labels'] or [] for file in files if 'labels' in file.metadata]
+  told = [prompt.metadata['labels'] or [] for prompt in _prompts(prompted)
+          if 'labels' in prompt.metadata]
   if any(sorted(labels) != sorted(told[0]) for labels in told):
     raise ValueError(f'The prompts have different labels, so they are no ensemble: {told}.')
   return told[0] if told else None
@@ -140,7 +151,8 @@ def main(argv: list[str]) -> int:
   made.add_argument('--template', metavar='TEXT',
                     help="what a task's inputs are written into, such as '{} It was [MASK].'")
   made.add_argument('--sentinel', action='store_true',
-                    help="the task's targets begin with <extra_id_0>, as the prompt was trained")
+                    help="the task's targets begin with <extra_id_0>, as the prompt was trained "
+                         '(a prompt with labels tells it itself)')
   made.add_argument('--decode', action='store_true',
                     help='generate labels too instead of ranking them: what is no label is wrong')
   made.add_argument('--output', type=verb.path, metavar='FILE.jsonl',

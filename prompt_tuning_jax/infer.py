@@ -79,6 +79,7 @@ def _ranking(flags, prompted) -> Callable[[list], list[dict]]:
   import functools
 
   from prompt_tuning_jax import ranking
+  from prompt_tuning_jax.checkpoints import prompt_file
   predictor = prompted.predictor
   prior = functools.cache(lambda labels: predictor.prior(prompted.untuned, labels))
   lengths = functools.cache(lambda labels: [len(ids) for ids in predictor.choice_ids([labels])[0]])
@@ -90,13 +91,15 @@ def _ranking(flags, prompted) -> Callable[[list], list[dict]]:
 
   def answer(part):
     inputs = [prompted.tokens(place, row, 'input', flags.max_input_length) for place, row in part]
-    choices = [distinct(tuple(flags.labels or prompted.labels(place, row))) for place, row in part]
+    named = [flags.labels or prompted.labels(place, row) for place, row in part]
+    choices = [distinct(prompt_file.written(prompted.about(place, row), labels))
+               for (place, row), labels in zip(part, named, strict=True)]
     ranked = predictor.rank(prompted.params, inputs, choices, prompted.slots(part),
                             [place for place, _ in part])
     answers = []
-    for labels, scores in zip(choices, ranked, strict=True):
-      shares = ranking.probabilities(scores, prior(labels) if flags.calibrated else None,
-                                     lengths(labels) if flags.length_normalized else None)
+    for labels, texts, scores in zip(named, choices, ranked, strict=True):
+      shares = ranking.probabilities(scores, prior(texts) if flags.calibrated else None,
+                                     lengths(texts) if flags.length_normalized else None)
       answers.append({'prediction': labels[int(shares.argmax())],
                       'probabilities': dict(zip(labels, shares.tolist(), strict=True))})
     return answers

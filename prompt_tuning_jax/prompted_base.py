@@ -65,14 +65,16 @@ class PromptedBase:
       raise ValueError(f'{place}: {what}; the prompts are {", ".join(self.bank.files)}.{hint}')
     return name
 
+  def about(self, place: str, row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The metadata of a row's prompt."""
+    return self.bank.files[self.name(place, row)].metadata if self.bank else self.metadata
+
   def labels(self, place: str, row: Mapping[str, Any]) -> list[str]:
     """The labels of a row's prompt; ValueError where it has none."""
-    metadata = self.metadata
-    if self.bank is not None:
-      metadata = self.bank.files[self.name(place, row)].metadata
-    if not metadata.get('labels'):
+    labels = self.about(place, row).get('labels')
+    if not labels:
       raise ValueError(f'{place}: the prompt names no labels to rank: give --labels.')
-    return metadata['labels']
+    return labels
 
   def tokens(self, place: str, row: dict[str, Any], name: str,
              max_length: int | None = None) -> np.ndarray:

@@ -126,6 +126,39 @@ def test_eval_searches_with_beams_as_infer_does(tmp_path, tiny_base, base, rows,
   assert '--template belongs to --task' in one_line(capsys)
 
 
+def test_labels_trained_behind_a_sentinel_are_ranked_so_and_told_plain(
+    tmp_path, tiny_base, base, rows, capsys):
+  """Targets are texts or ids, with it or without; the bank has a prompt that knows no sentinel."""
+  marked = {'good': '<extra_id_0> good', 'bad': '<extra_id_0> bad'}
+  (tmp_path / 'bank').mkdir()
+  prompt = make_prompt(tmp_path / 'bank' / 'marked.safetensors', base, labels=[*marked.values()])
+  make_prompt(tmp_path / 'bank' / 'plain.safetensors', base, labels=[*marked])
+  loaded = prompted_base.load(str(tiny_base), prompt)
+  scores = loaded.predictor.rank(
+      loaded.params, [loaded.tokens('', row, 'input') for row in rows],
+      [[*marked.values()]] * len(rows))
+  expected = [[*marked][int(np.argmax(of))] for of in scores]
+  source = write(tmp_path / 'rows.jsonl', [{**row, 'prompt': 'marked'} for row in rows])
+  out = str(tmp_path / 'out')
+  for flags in (['--prompt', prompt], ['--prompt', prompt, '--labels', *marked],
+                ['--prompts', str(tmp_path / 'bank')]):
+    assert infer.main(['--base', str(tiny_base), *flags, '--rank', '--input', source,
+                       '--output', out]) == 0
+    assert [row['prediction'] for row in read(out)] == expected
+    shares = [list(row['probabilities'].values()) for row in read(out)]
+    np.testing.assert_allclose(np.log(shares)[:, 0] - np.log(shares)[:, 1],
+                               [of[0] - of[1] for of in scores], rtol=1e-3, atol=1e-4)
+  accuracy = 100 * np.mean([a == row['targets'] for a, row in zip(expected, rows, strict=True)])
+  with_it = [{**row, 'targets': marked[row['targets']]} for row in rows]
+  for i, given in enumerate((rows, with_it, as_ids(rows, base), as_ids(with_it, base))):
+    source = write(tmp_path / f'{i}.jsonl', given)
+    command = ['--base', str(tiny_base), '--input', source, '--output', out]
+    assert evaluated(capsys, *command, '--prompt', prompt)['accuracy'] == pytest.approx(accuracy)
+    assert [row['prediction'] for row in read(out)] == expected
+    values = evaluated(capsys, *command, '--prompts', str(tmp_path / 'bank'))
+    assert values['members']['marked']['accuracy'] == pytest.approx(accuracy)
+
+
 def test_eval_names_the_row_of_a_target_that_is_no_label(tmp_path, tiny_base, base, rows, capsys):
   prompt = make_prompt(tmp_path / 'prompt.safetensors', base, labels=['good', 'bad'])
   source = write(tmp_path / 'rows.jsonl', [*rows[:2], {**rows[0], 'targets': 'dull'}])

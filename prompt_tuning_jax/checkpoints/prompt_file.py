@@ -27,6 +27,7 @@ EMBEDDING = 'prompt/embedding'
 DEEP_EMBEDDING = 'prompt/deep_embedding'
 _ROWS = {EMBEDDING: ('P', 'D'), DEEP_EMBEDDING: ('L', 'P', 'D')}  # leaves of rows, their axes
 FORMAT_VERSION = 1
+SENTINEL = '<extra_id_0> '  # what a run with `SeqioTask.sentinel` writes before every target
 MAX_LENGTH = 100_000  # rows of a prompt: more is a mistake, such as a whole embedding table
 _NAME = re.compile(r'[\w.-]+(/[\w.-]+)*')
 
@@ -60,10 +61,11 @@ def describe(base: Any, *, method: str = 'prompt_tuning', placement: str = 'befo
 
   `length` counts virtual tokens, `metric` has name, value and step. `others`, in JSON, are a
   method's own: `activation` of adapters, `text` of a designed prompt, `tasks` ({task: its metric})
-  of what trained on a mixture.
+  of what trained on a mixture. Labels that all begin with a sentinel are kept without it, and
+  `target_prefix` tells of it (`written`).
   """
   vocabulary = base.vocabulary
-  return {
+  return _with_plain_labels({
       'format_version': FORMAT_VERSION, 'method': method, 'placement': placement,
       'length': length,
       'base': {'name': base.name, 'fingerprint': base.fingerprint,
@@ -72,7 +74,22 @@ def describe(base: Any, *, method: str = 'prompt_tuning', placement: str = 'befo
                                     'extra_ids': vocabulary.extra_ids},
       'task': task, 'labels': None if labels is None else list(labels),
       'metric': None if metric is None else dict(metric),
-      'version': prompt_tuning_jax.__version__, **others}
+      'version': prompt_tuning_jax.__version__, **others})
+
+
+def written(metadata: Mapping[str, Any], labels: Sequence[str]) -> tuple[str, ...]:
+  """Labels as a prompt with this metadata was trained to write them."""
+  prefix = metadata.get('target_prefix') or ''
+  return tuple(label if label.startswith(prefix) else prefix + label for label in labels)
+
+
+def _with_plain_labels(metadata: dict[str, Any]) -> dict[str, Any]:
+  labels = metadata.get('labels')
+  if not isinstance(labels, list) or not labels or not all(
+      isinstance(label, str) and label.startswith(SENTINEL) for label in labels):
+    return metadata
+  return {**metadata, 'labels': [label.removeprefix(SENTINEL) for label in labels],
+          'target_prefix': SENTINEL}
 
 
 def save(path: str | os.PathLike, prompt: PromptFile):
@@ -111,7 +128,7 @@ def load(path: str | os.PathLike) -> PromptFile:
     params, metadata = {EMBEDDING: _load_numpy(path)}, {}
   else:
     header = safetensors_file.read_header(path)
-    metadata = _metadata(path, header)
+    metadata = _with_plain_labels(_metadata(path, header))  # older files have the sentinel in them
     params = {name: _read(path, header, name) for name in sorted(header.tensors)}
   _check_params(path, params)
   if metadata:
@@ -220,7 +237,7 @@ def _check_metadata(path: str | os.PathLike, metadata: Mapping[str, Any],
                      f'{FORMAT_VERSION}. A newer version may read it.')
   kinds = {'method': str, 'placement': str, 'length': int, 'base': dict, 'vocabulary': dict,
            'task': str, 'labels': list, 'metric': dict, 'activation': str, 'version': str,
-           'tasks': dict, 'text': str, 'sources': list}
+           'tasks': dict, 'text': str, 'sources': list, 'target_prefix': str}
   for key, kind in kinds.items():
     value = metadata.get(key)
     if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from prompt_tuning_jax import ranking
+from prompt_tuning_jax.checkpoints import prompt_file
 from prompt_tuning_jax.data.vocabulary import Vocabulary
 from prompt_tuning_jax.predictor import ONE_TOKEN, check_calibration, check_masks
 from prompt_tuning_jax.prompt_bank import PromptBank, Slot
@@ -166,8 +167,9 @@ class Acceptance:
     """One row and, to calibrate it with, another: the base alone, without a text."""
     empty = self.vocabulary.framed([], 'inputs')
     shapes = common['served'].programs.shapes
-    written = self.labels(request, common['served'])
-    labels = self._label_ids(written)
+    named = self.labels(request, common['served'])
+    file = common['served'].bank.files.get(request.model)
+    labels = self._label_ids(prompt_file.written(file.metadata if file else {}, named))
     kind = shapes.label_width(labels)
     if kind is None:
       widest = shapes.label_widths[-1]
@@ -181,7 +183,7 @@ class Acceptance:
     config = common['served'].bank.base.config
     with _refused():
       if len(labels) > 1:
-        ranking.check_distinct(written, labels)
+        ranking.check_distinct(named, labels)
       if request.calibrated:
         check_calibration(config)
       check_masks(config, [text for text, _ in texts], [longest] * len(texts))

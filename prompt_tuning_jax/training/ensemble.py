@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from prompt_tuning_jax import ranking
+from prompt_tuning_jax.checkpoints import prompt_file
 from prompt_tuning_jax.predictor import Predictor, Tokens
 from prompt_tuning_jax.prompt_bank import PromptBank
 from prompt_tuning_jax.types import PyTree
@@ -43,7 +44,9 @@ def answers(predictor: Predictor, params: PyTree, bank: PromptBank, inputs: Sequ
     rows = [texts[i:i + count] for i in range(0, len(texts), count)]
     return Answers(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)),
                    list(map(ranking.majority_vote, rows)), None)
-  ranked = predictor.rank(params, every, [row for row in choices for _ in names], slots)
+  ranked = predictor.rank(params, every, [
+      prompt_file.written(bank.files[name].metadata, row) for row in choices for name in names],
+                          slots)
   rows, together, votes = [], [], []
   for i, options in enumerate(choices):
     scores = np.stack(ranked[i * count:(i + 1) * count])

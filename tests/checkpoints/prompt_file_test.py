@@ -49,6 +49,19 @@ def test_load_gives_back_what_was_saved(tmp_path):
   assert os.listdir(path.parent) == ['prompt.safetensors']
 
 
+def test_labels_are_kept_without_the_sentinel_that_was_before_them(tmp_path):
+  marked = ['<extra_id_0> bad', '<extra_id_0> good']
+  prompt = make_prompt()
+  older = PromptFile(prompt.params, {**prompt.metadata, 'labels': marked})
+  prompt_file.save(tmp_path / 'older.safetensors', older)
+  for about in (prompt_file.describe(make_base(), labels=marked),
+                prompt_file.load(tmp_path / 'older.safetensors').metadata):
+    assert about['labels'] == ['bad', 'good']
+    assert list(prompt_file.written(about, about['labels'])) == marked
+    assert list(prompt_file.written(about, marked)) == marked
+  assert prompt_file.written(prompt.metadata, ['bad']) == ('bad',)
+
+
 def test_the_safetensors_library_reads_and_writes_the_same_file(tmp_path):
   prompt = make_prompt()
   path = tmp_path / 'prompt.safetensors'

@@ -35,6 +35,8 @@ def accepted(base, request, shapes=SHAPES):
   rows = lambda length: {'prompt/embedding': np.ones((length, 8), np.float32)}
   bank = PromptBank(base, {'before': PromptFile(rows(3), {'labels': ['good', 'bad']}),
                            'end': PromptFile(rows(7), {'placement': 'end'}),
+                           'marked': PromptFile(rows(2), {'labels': ['good', 'bad'],
+                                                          'target_prefix': '<extra_id_0> '}),
                            'numbers': PromptFile(rows(1), {'labels': [1, 2]})})
   served = Served(bank, types.SimpleNamespace(shapes=shapes))
   vocabulary = Vocabulary.of_base(base)
@@ -52,6 +54,14 @@ def test_rows_have_the_prompt_in_place_and_the_narrowest_width(base):
   np.testing.assert_array_equal(row.tokens, [192, 193, 194, 5, 1])
   assert prior.tokens.tolist() == [1] and not prior.slot.length  # the base alone
   assert row.labels == prior.labels and len(row.labels) == 2
+
+
+def test_labels_have_the_sentinel_that_the_prompt_was_trained_with(base):
+  sentinel = Vocabulary.of_base(base).sentinel(0)
+  for labels in ((), ('good', 'bad'), ('<extra_id_0> good', '<extra_id_0> bad')):
+    plain, = accepted(base, Classification('before', (5, 1), labels=('good', 'bad')))
+    marked, = accepted(base, Classification('marked', (5, 1), labels=labels))
+    assert marked.labels == tuple((sentinel, *ids) for ids in plain.labels)
 
 
 def test_a_masked_language_model_needs_a_mask_and_has_no_prior(bert_file):

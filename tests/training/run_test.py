@@ -16,6 +16,7 @@ from prompt_tuning_jax import eval as eval_verb
 from prompt_tuning_jax import infer, optimizers, param_paths, score
 from prompt_tuning_jax.checkpoints import base_checkpoint, hf_safetensors, prompt_file
 from prompt_tuning_jax.data import batches, mixture, packing, subsets
+from prompt_tuning_jax.data.seqio_task import SeqioTask
 from prompt_tuning_jax.data.text_file import TextFile
 from prompt_tuning_jax.data.token_cache import TokenCache
 from prompt_tuning_jax.training import loop, methods, run
@@ -165,6 +166,21 @@ def test_labels_are_kept_where_nothing_is_evaluated(tmp_path, tiny_base, reviews
   result = trained(tmp_path / 'model', tiny_base, reviews, 2, eval_period=0)
   about = prompt_file.load(result['prompt']).metadata
   assert sorted(about['labels']) == ['bad', 'good'] and about['metric'] is None
+
+
+@pytest.mark.slow
+def test_a_prompt_trained_behind_a_sentinel_tells_eval_so(tmp_path, tiny_base, capsys):
+  pytest.importorskip('seqio')
+  result = run.train(SeqioTask('quick_start', sentinel=True), {'inputs': 24, 'targets': 12},
+                     str(tmp_path / 'model'), str(tiny_base), methods.PromptTuning(4),
+                     optimizers.adafactor(0.3), 4, 8, eval_period=4, eval_batch_size=128)
+  about = prompt_file.load(result['prompt']).metadata
+  assert (about['labels'], about['target_prefix']) == (['novel', 'article'], '<extra_id_0> ')
+  assert eval_verb.main(['--base', str(tiny_base), '--prompt', result['prompt'], '--task',
+                         'quick_start', '--max_input_length', '24', '--max_decode_length', '12',
+                         '--batch_size', '128']) == 0
+  values = json.loads(capsys.readouterr().out.splitlines()[-1])
+  assert values['accuracy'] == pytest.approx(result['best_value'])
 
 
 def test_a_metric_that_is_no_number_stops_nothing(tmp_path, tiny_base, reviews, monkeypatch):
