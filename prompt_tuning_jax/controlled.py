@@ -155,13 +155,16 @@ def generate_perturbed(model: PromptedModel, params: PyTree, encoder_input_token
 
 
 def _moved(leaf: Array, slope: Array, start: Array, step_size: Array | float) -> Array:
-  """A step down of each row [B, …]; what has no slope, or is no number, stays."""
+  """A step down of each row [B, …] or, of scanned layers, [L, B, …]; what has no slope, or is no
+  number, stays."""
   if not jnp.issubdtype(leaf.dtype, jnp.inexact):
     return leaf
-  length = lambda x: jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)),
-                                      axis=tuple(range(1, x.ndim)), keepdims=True))
+  axes = tuple(range(max(1, leaf.ndim - 3), leaf.ndim))
+  length = lambda x: jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes, keepdims=True))
+  # Only of what the token is made from: how much padding stands beside it is the batch's affair.
+  whole = length(jnp.where(slope != 0, start, 0))
   unit = slope / jnp.maximum(length(slope), 1e-30)
-  return (leaf - step_size * length(start) * unit).astype(leaf.dtype)
+  return (leaf - step_size * whole * unit).astype(leaf.dtype)
 
 
 def _decoded(next_logits: Any, decoding: Decoding, examples: int, repeats: int, max_length: int,

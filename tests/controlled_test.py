@@ -12,12 +12,23 @@ from prompt_tuning_jax import controlled, infer, prompted_model
 from prompt_tuning_jax.checkpoints import base_checkpoint, prompt_file
 from prompt_tuning_jax.controlled import Perturbed, Weighted
 from prompt_tuning_jax.data.vocabulary import Vocabulary
+from prompt_tuning_jax.networks.bart import BartConfig
+from prompt_tuning_jax.networks.bert import BertConfig
+from prompt_tuning_jax.networks.gpt import GPTConfig
+from prompt_tuning_jax.networks.t5 import T5Config
 from prompt_tuning_jax.predictor import DecodingSettings, Predictor
 from prompt_tuning_jax.prompt_bank import PromptBank, Slot
 from prompt_tuning_jax.prompted_model import PromptedModel
 
 INPUTS = [[5, 9, 21, 1], [7, 1], [30, 31, 32, 33, 34, 35, 1]]
 DRAWN = DecodingSettings(num_samples=2, temperature=1.0, seed=3)
+SHAPE = dict(vocab_size=40, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=16)
+STACKS = dict(num_encoder_layers=2, num_decoder_layers=2)
+NETWORKS = {'t5': T5Config(**SHAPE, **STACKS),
+            'gpt': GPTConfig(**SHAPE, num_layers=2),
+            'bert': BertConfig(**SHAPE, num_encoder_layers=2, mask_id=4, end_id=3),
+            'bart': BartConfig(**SHAPE, **STACKS),
+            'scanned': T5Config(**SHAPE, **STACKS, scan_layers=True)}
 
 
 @pytest.fixture(scope='module')
@@ -96,6 +107,24 @@ def test_no_step_is_plain_sampling_and_steps_are_a_rows_own(generated):
   assert moved != texts()
   assert texts(Perturbed(bag, step_size=0.5), inputs=INPUTS[1:2], numbers=[1]) == moved[2:4]
   assert texts(Perturbed(bag, step_size=0.5, fusion=0.0)) == texts()
+
+
+@pytest.mark.parametrize('name', ['t5', 'gpt', 'bert', *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ('bart', 'scanned'))])
+def test_steps_are_as_long_beside_a_longer_text_as_alone(name):
+  """However wide the padding is that a row gets from its neighbours."""
+  model, row = PromptedModel(NETWORKS[name].network()), [5, 4, 6, 4, 3]  # two masks of BERT
+  token = np.ones((1, 1), np.int32)
+  params = jax.jit(lambda key: model.init(key, token, token, token, enable_dropout=False))(
+      jax.random.key(1))['params']
+  longer = np.random.default_rng(0).integers(5, 40, 60)
+  run = jax.jit(lambda inputs, step: controlled.generate_perturbed(
+      model, params, inputs, 2, jnp.array([12, 30]), step, 0.01, 1.0, 2, eos_id=40))
+  alone = run(np.pad([row], ((0, 0), (0, 3))), 0.5)
+  beside = run(np.array([np.pad(row, (0, 59)), np.pad(longer, (0, 4))]), 0.5)
+  np.testing.assert_array_equal(alone[0][0], beside[0][0])
+  np.testing.assert_allclose(alone[1][0], beside[1][0], rtol=1e-4)
+  assert abs(run(np.pad([row], ((0, 0), (0, 3))), 0.0)[1][0] - alone[1][0]) > 1e-3
 
 
 def test_small_steps_make_the_bag_more_probable(base):
