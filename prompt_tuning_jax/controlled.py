@@ -163,7 +163,8 @@ def _moved(leaf: Array, slope: Array, start: Array, step_size: Array | float) ->
   length = lambda x: jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes, keepdims=True))
   # Only of what the token is made from: how much padding stands beside it is the batch's affair.
   whole = length(jnp.where(slope != 0, start, 0))
-  unit = slope / jnp.maximum(length(slope), 1e-30)
+  # Squares of slopes below 1e-19 are 0: such would be divided by less than their length.
+  unit = slope / jnp.maximum(length(slope), 1e-12)
   return (leaf - step_size * whole * unit).astype(leaf.dtype)
 
 

@@ -127,6 +127,14 @@ def test_steps_are_as_long_beside_a_longer_text_as_alone(name):
   assert abs(run(np.pad([row], ((0, 0), (0, 3))), 0.0)[1][0] - alone[1][0]) > 1e-3
 
 
+@pytest.mark.parametrize('slope', [1.0, 1e-18, 1e-22, 0.0])
+def test_no_step_is_longer_than_its_share(slope):
+  """Attention to one key alone leaves slopes of others that are nothing but rounding."""
+  start = jnp.ones((2, 3, 4, 5))
+  step = controlled._moved(start, jnp.full_like(start, slope), start, 0.1) - start
+  assert jnp.linalg.norm(step) <= 0.1001 * jnp.linalg.norm(start)
+
+
 def test_small_steps_make_the_bag_more_probable(base):
   model, inputs = PromptedModel(base.config.network()), np.array([[5, 9, 21, 1], [7, 8, 1, 0]])
   always = lambda logits, position: jnp.full(len(logits), 12)
