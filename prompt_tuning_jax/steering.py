@@ -78,7 +78,7 @@ class Steerer:
 
   def __init__(self, model: PromptedModel, params: PyTree, vocabulary: Any, settings: Settings,
                batch_size: int = 32, max_decode_length: int = 64):
-    self._config, self._params, self._eos = model.network.config, params, vocabulary.eos_id
+    self._config, self._params, self._vocabulary = model.network.config, params, vocabulary
     self._settings, self._batch_size, self._most = settings, batch_size, max_decode_length
     self._find = jax.jit(functools.partial(find, model, settings, max_decode_length))
 
@@ -107,8 +107,8 @@ class Steerer:
     for live, rows in predictor.full_batches(order, self._batch_size):
       batch = batch_of(self._config, self._settings.length, [inputs[i] for i in rows],
                        [targets[i] for i in rows])
-      first = start(self._settings, table, [numbers[i] for i in rows])
-      found = jax.device_get(self._find(self._params, batch, first, self._eos))
+      first = start(self._settings, table, [numbers[i] for i in rows], self._vocabulary)
+      found = jax.device_get(self._find(self._params, batch, first, self._vocabulary.eos_id))
       parts.append(jax.tree.map(lambda leaf, count=len(live): leaf[:count], found))
     back = np.argsort(order)
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[back], *parts)
@@ -122,10 +122,11 @@ def batch_of(config: Any, length: int, inputs: Sequence[Sequence[int]],
   return batches.batch_of(inputs, targets, own)
 
 
-def start(settings: Settings, table: Array, numbers: Sequence[int]) -> Array:
+def start(settings: Settings, table: Array, numbers: Sequence[int],
+          vocabulary: Any = None) -> Array:
   """The embeddings of frequent words [B, P, D] that sentences of these numbers start from."""
   key, draw = jax.random.key(settings.seed), SampledVocabulary()
-  return jnp.stack([draw(jax.random.fold_in(key, number), settings.length, table, None)
+  return jnp.stack([draw(jax.random.fold_in(key, number), settings.length, table, vocabulary)
                     for number in numbers])
 
 

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ BART = {'bos_token': '<s>', 'eos_token': '</s>', 'pad_token': '<pad>', 'unk_toke
         'mask_token': '<mask>'}
 BERT = {'cls_token': '[CLS]', 'sep_token': '[SEP]', 'pad_token': '[PAD]', 'unk_token': '[UNK]',
         'mask_token': '[MASK]'}
+UNTRAINED = re.compile(r'<pad>|\[unused\d+\]|madeupword\d+')  # of BART and BERT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +129,12 @@ class TokenizerFile:
   def size(self) -> int:
     """The number of ids in this package: 0 is padding, whether the tokenizer has it or not."""
     return max(self.ids.values()) + 1 + self.shift
+
+  @functools.cached_property
+  def untrained(self) -> frozenset[int]:
+    """The ids, in this package, that no text has: padding, and room for words to come."""
+    return frozenset({0} | {i + self.shift for token, i in self.ids.items()
+                            if UNTRAINED.fullmatch(token)})
 
   @property
   def begins(self) -> dict[str, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import types
 
 import numpy as np
 import pytest
@@ -106,3 +107,10 @@ def test_a_start_is_of_the_number_alone(found):
   both = steering.start(Settings(3, seed=2), found[1], [4, 7])
   np.testing.assert_array_equal(both[1], steering.start(Settings(3, seed=2), found[1], [7])[0])
   assert not np.array_equal(*both)
+
+
+def test_a_start_is_of_trained_words():
+  table = np.arange(8, dtype=np.float32)[:, None]
+  words = types.SimpleNamespace(untrained={0, 2, 3})
+  made = steering.start(Settings(5), table, range(3), words)
+  assert np.sort(made[..., 0]).tolist() == 3 * [[1, 4, 5, 6, 7]]

@@ -70,6 +70,10 @@ class TokenizerVocabulary:
     return file_of(self.file).begins
 
   @property
+  def untrained(self) -> frozenset[int]:
+    return file_of(self.file).untrained
+
+  @property
   def size(self) -> int:
     return file_of(self.file).size
 

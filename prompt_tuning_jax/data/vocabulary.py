@@ -52,6 +52,7 @@ class Vocabulary:
 
   file: str
   extra_ids: int | None = None
+  pad_id = PAD
 
   def __post_init__(self):
     if not self.file:
@@ -72,10 +73,6 @@ class Vocabulary:
     if base.vocabulary is None:
       raise ValueError(f'The base {base.name!r} brings no vocabulary: give its file with {flag}.')
     return cls(base.vocabulary.file, base.vocabulary.extra_ids)
-
-  @property
-  def pad_id(self) -> int:
-    return PAD
 
   @property
   def eos_id(self) -> int:
@@ -103,6 +100,11 @@ class Vocabulary:
     return [*begins, *ids[:None if most is None else max(0, most - len(begins) - 1)], self.eos_id]
 
   @property
+  def untrained(self) -> frozenset[int]:
+    """Ids that no text has, BERT's [unused7] say. T5 has read all: its decoder starts from 0."""
+    return getattr(self._kind, 'untrained', frozenset())
+
+  @property
   def size(self) -> int:
     """Number of ids: pieces (or special ids and bytes) and sentinels."""
     return self._kind.size
@@ -128,8 +130,7 @@ class Vocabulary:
     return self._kind.encode_many(texts)
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of ids up to the first EOS; ids beyond the vocabulary are unknown words, or nothing.
-    """
+    """The text of ids up to the first EOS; ids beyond the vocabulary are unknown, or nothing."""
     ids = [int(i) for i in ids]
     if self.eos_id in ids:
       ids = ids[:ids.index(self.eos_id)]

@@ -5,6 +5,8 @@ table [V, D] and its vocabulary; it returns [P, D] float32.
 """
 
 import dataclasses
+import itertools
+from collections.abc import Set
 from typing import Protocol
 
 import jax
@@ -16,6 +18,8 @@ from prompt_tuning_jax.types import Array
 
 class Vocabulary(Protocol):
   """What an initializer needs of a vocabulary."""
+
+  untrained: Set[int]  # ids that no text has, whose rows of the table say nothing
 
   def encode(self, text: str) -> list[int]:
     """Token ids without the end-of-sequence id."""
@@ -36,17 +40,20 @@ class Uniform:
 class SampledVocabulary:
   """Embeddings of `first_n` most frequent words, drawn without replacement while they last.
 
-  SentencePiece numbers its pieces by frequency, so these are the first rows of the table.
+  Vocabularies number their pieces by frequency, so these are the first rows of the table, but for
+  those that no text has trained.
   """
 
   first_n: int = 5000
 
   def __call__(self, key, length: int, table: Array, vocabulary: Vocabulary | None) -> Array:
-    words = min(self.first_n, table.shape[0])
-    if words < 1:
+    if self.first_n < 1:
       raise ValueError(f'first_n must be at least 1, got {self.first_n}.')
-    rows = jax.random.choice(key, words, (length,), replace=length > words)
-    return table[rows].astype(jnp.float32)
+    untrained = () if vocabulary is None else vocabulary.untrained
+    trained = (i for i in range(table.shape[0]) if i not in untrained)
+    words = jnp.array([*itertools.islice(trained, self.first_n)])
+    drawn = jax.random.choice(key, len(words), (length,), replace=length > len(words))
+    return table[words[drawn]].astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -97,7 +97,7 @@ def words(vocabulary: Any) -> np.ndarray:
   """The ids [W] int32 whose pieces are text: no special ids, no sentinels, no parts of characters.
   """
   pieces, lengths = vocabulary.bytes_of_ids()
-  special = {vocabulary.pad_id, vocabulary.eos_id, vocabulary.unk_id}
+  special = {vocabulary.pad_id, vocabulary.eos_id, vocabulary.unk_id, *vocabulary.untrained}
   sentinels = range(vocabulary.size - vocabulary.extra_ids, vocabulary.size)
   texts = (bytes(piece[:length]).decode('utf-8', 'replace').strip()
            for piece, length in zip(pieces, lengths, strict=True))

@@ -9,6 +9,7 @@ import pytest
 from prompt_tuning_jax.checkpoints import hf_config, hf_families
 from prompt_tuning_jax.checkpoints.hf_config import VocabularyFile
 from prompt_tuning_jax.data.vocabulary import Vocabulary
+from prompt_tuning_jax.training import discrete_prompt
 
 TEXTS = ['a lovely and bright film', 'lovely', ' one space', '', "It's Awful, isn't it? No!",
          '東京', 'naïve café', 'line\nand line\n', 'x' * 300]
@@ -55,6 +56,19 @@ def test_ids_and_texts_are_those_of_transformers(kind, theirs, bart_file, bert_f
   assert words.size == len(tokenizer) + shift
   special = ('mask_token_id', 'eos_token_id' if kind == 'bart' else 'sep_token_id')
   assert [words.mask_id, words.eos_id] == [getattr(tokenizer, name) + shift for name in special]
+
+
+def test_what_no_text_has(bart_file, bpe_file, tiny_base, tmp_path):
+  path = tmp_path / 'vocab.txt'
+  pieces = ['[PAD]', '[unused0]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', '[unused12]', 'unused', 'a']
+  path.write_text('\n'.join(pieces))
+  assert Vocabulary(path).untrained == {0, 1, 6}
+  assert discrete_prompt.words(Vocabulary(path)).tolist() == [7, 8]
+  bart = Vocabulary(bart_file)
+  assert bart.untrained == {i for i in range(bart.size) if bart.piece(i) == '<pad>'}
+  assert len(bart.untrained) == 2 and Vocabulary(bpe_file).untrained == {0}
+  assert not Vocabulary(tiny_base / 'spiece.model').untrained
+  assert not Vocabulary('bytes').untrained
 
 
 def test_what_texts_begin_and_end_with(bart_file, bert_file, bpe_file):

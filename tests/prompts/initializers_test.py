@@ -22,6 +22,8 @@ KEY = jax.random.key(0)
 class Words:
   """A vocabulary: each word's ids are its letters, a = 10."""
 
+  untrained = frozenset()
+
   def encode(self, text):
     return [ord(letter) - ord('a') + 10 for letter in text if letter != ' ']
 
@@ -70,6 +72,15 @@ def test_sampled_rows_are_different_rows_of_the_first_n():
 def test_sampling_repeats_rows_only_where_there_are_too_few():
   assert set(rows(SampledVocabulary(3)(KEY, 30, TABLE, None))) == {0, 1, 2}
   assert sorted(rows(SampledVocabulary(5000)(KEY, V, TABLE, None))) == list(range(V))
+
+
+def test_rows_that_no_text_has_trained_are_not_drawn():
+  words = Words()
+  words.untrained = {0, 5, 6}
+  assert sorted(rows(SampledVocabulary(6)(KEY, 6, TABLE, words))) == [1, 2, 3, 4, 7, 8]
+  # Where all are trained, as a T5's are, a seed draws what it always has drawn.
+  drawn = jax.random.choice(KEY, 20, (P,), replace=False).tolist()
+  assert rows(SampledVocabulary(20)(KEY, P, TABLE, Words())) == drawn
 
 
 def test_labels_are_the_means_of_their_pieces_then_sampled_rows():
