@@ -105,6 +105,7 @@ def test_beams_and_stops(answered):
     (('--top_k', '9999999999', '--temperature', '1'), '0 (all) or more'),
     (('--top_p', '0.5'), 'belong to a temperature'), (('--seed', '-1'), '0 or more'),
     (('--num_beams', '2', '--length_penalty', 'nan'), 'such as 0.6'),
+    (('--num_beams', '2', '--length_penalty', '50'), 'from -10 to 10'),
     (('--length_penalty', '1'), 'belongs to beam search: set num_beams'),
     (('--rank', '--length_penalty', '1'), '--rank generates no text'),
     (('--rank', '--temperature', '1'), 'do not belong to it'), (('--stop', '\udcff'), 'no text'),
