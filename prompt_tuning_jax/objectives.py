@@ -14,8 +14,8 @@ def cross_entropy(logits: Array, targets: Array, z_loss: float = 0.0,
 
   z-loss adds z_loss * log(Z)^2, which keeps the softmax normaliser Z near 1. Smoothing gives the
   target probability 1 - label_smoothing and shares the rest among all other words that the network
-  can give (not a masked one); the entropy of that target distribution is taken off, so a perfect
-  prediction costs 0.
+  can give (not a masked one), if there are any; the entropy of that target distribution is taken
+  off, so a perfect prediction costs 0.
 
   Args:
     logits: [..., V] float32.
@@ -30,7 +30,8 @@ def cross_entropy(logits: Array, targets: Array, z_loss: float = 0.0,
   if label_smoothing:
     possible = logits > IMPOSSIBLE
     size = jnp.sum(possible, axis=-1)
-    low, high = label_smoothing / (size - 1), 1.0 - label_smoothing
+    low = jnp.where(size > 1, label_smoothing / jnp.maximum(size - 1, 1), 0.0)
+    high = jnp.where(size > 1, 1.0 - label_smoothing, 1.0)
     every = jnp.sum(jnp.where(possible, logits, 0.0), axis=-1) - size * log_z
     entropy = -(high * jnp.log(high) + (size - 1) * low * jnp.log(low + 1e-20))
     loss = -(high - low) * log_likelihood - low * every - entropy

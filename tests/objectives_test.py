@@ -51,6 +51,17 @@ def test_a_perfect_prediction_costs_nothing():
       objectives.cross_entropy(np.log(soft), TARGETS, label_smoothing=smoothing), 0, atol=1e-5)
 
 
+@pytest.mark.parametrize('possible', [0, 1])
+def test_there_is_nothing_to_smooth_where_no_other_word_is_possible(possible):
+  """Behind BERT's last mask a text ends for certain; a label may have no place there."""
+  logits = np.where(np.arange(V) < possible, 0, -1e10).astype(np.float32)
+  smooth = lambda logits: objectives.cross_entropy(logits, np.int32(0), label_smoothing=0.1)
+  loss, gradient = jax.value_and_grad(smooth)(logits)
+  np.testing.assert_array_equal(loss, objectives.cross_entropy(logits, np.int32(0)))
+  assert np.isfinite(loss) and np.all(np.isfinite(gradient))
+  assert possible == 0 or loss == 0
+
+
 def test_z_loss_pulls_the_normaliser_to_one():
   total = lambda shift: objectives.cross_entropy(
       log_softmax(LOGITS).astype(np.float32) + shift, TARGETS, z_loss=0.5).sum()

@@ -186,6 +186,15 @@ def test_berts_texts_have_probabilities_that_sum_to_1():
   assert one_token + two == pytest.approx(1)
 
 
+def test_berts_smoothed_loss_is_a_number():
+  """Behind the last mask there is one word, and no other to smooth towards."""
+  model = PromptedModel(CONFIGS['bert'].network())
+  run = jax.jit(functools.partial(prompted_model.loss, model, base('bert'), label_smoothing=0.1))
+  of_masks = run(make_batch(TEXTS[:2], [np.array([11, 12]), np.array([13])]))[0]
+  with_ends = run(make_batch(TEXTS[:2], [np.array([11, 12, END]), np.array([13, END])]))[0]
+  np.testing.assert_allclose(with_ends, of_masks * 3 / 5, rtol=1e-5)
+
+
 def test_a_token_of_another_sentence_has_another_type():
   table = np.zeros_like(base('bert')['type_embedder']['embedding'])
   untyped = {**base('bert'), 'type_embedder': {'embedding': table}}
