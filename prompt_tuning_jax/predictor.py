@@ -233,6 +233,8 @@ class Predictor:
     if control and decoding.num_beams > 1:
       raise ValueError('Control is of tokens that are drawn or the best one: leave out num_beams.')
     self.check(inputs, None, slots, places)
+    for slot in control.slots(Slot())[1:] if isinstance(control, Weighted) else ():
+      self.check(inputs, None, [slot] * len(inputs), places)
     numbers = range(len(inputs)) if numbers is None else numbers
     search = self._search if decoding.num_beams > 1 else self._draw
 
@@ -256,7 +258,6 @@ class Predictor:
     """The mixed batch in which every example stands with each of its prompts."""
     members = [(ids, slot) for ids, own in zip(inputs, slots, strict=True)
                for slot in control.slots(own)]
-    self.check([ids for ids, _ in members], slots=[slot for _, slot in members])
     batch = batches.batch_of([ids for ids, _ in members], [NO_TARGET] * len(members),
                              [slot.virtual for _, slot in members])
     return batch, self._bank.added([slot for _, slot in members])

@@ -1,5 +1,6 @@
 """Controlled generation: none is plain decoding, all of it is the attribute's, rows are alone."""
 
+import dataclasses
 import functools
 import json
 
@@ -19,6 +20,7 @@ from prompt_tuning_jax.networks.t5 import T5Config
 from prompt_tuning_jax.predictor import DecodingSettings, Predictor
 from prompt_tuning_jax.prompt_bank import PromptBank, Slot
 from prompt_tuning_jax.prompted_model import PromptedModel
+from prompt_tuning_jax.prompts.virtual_tokens import VirtualTokens
 
 INPUTS = [[5, 9, 21, 1], [7, 1], [30, 31, 32, 33, 34, 35, 1]]
 DRAWN = DecodingSettings(num_samples=2, temperature=1.0, seed=3)
@@ -141,6 +143,18 @@ def test_small_steps_make_the_bag_more_probable(base):
   share = jax.jit(lambda step: controlled.generate_perturbed(  # log p of the bag's one word
       model, base.params, inputs, 1, jnp.array([12]), step, 0.0, 1.0, 1, always)[1])
   assert np.all(share(0.01) > share(0.0)) and np.all(share(0.02) > share(0.01))
+
+
+@pytest.mark.parametrize('against', [False, True])
+def test_a_row_that_has_no_room_for_an_attributes_prompt_is_named(base, against):
+  """Before anything is computed: there are no parameters."""
+  config = dataclasses.replace(NETWORKS['gpt'], vocab_size=192, max_positions=16)
+  predictor = Predictor(PromptedModel(config.network()), Vocabulary.of_base(base), None, 8, 6)
+  long = Slot(VirtualTokens(192, 5))
+  control = Weighted(Slot(), 1.0, long) if against else Weighted(long, 1.0)
+  with pytest.raises(ValueError, match='^line 3: The network has 16 positions, but .* up to 17'):
+    predictor.generate_with(None, INPUTS, DecodingSettings(), [Slot()] * 3, control=control,
+                            places=['line 1', 'line 2', 'line 3'])
 
 
 @pytest.mark.slow
