@@ -283,7 +283,7 @@ class Predictor:
           full(decoding.top_p, np.float32), np.concatenate(seeds))
     if decoding.stop:
       stops = stop_strings.of_rows([decoding.stop] * len(numbers),
-                                   *self._vocabulary.bytes_of_ids(),
+                                   *self._vocabulary.bytes_of_ids(self._config.vocab_size),
                                    self._vocabulary.leading_spaces)
     found = (generate or self._generate)(
         params, tokens, max_length=self._max_decode_length, choose=choose,

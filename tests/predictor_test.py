@@ -8,7 +8,7 @@ from prompt_tuning_jax.data.vocabulary import Vocabulary
 from prompt_tuning_jax.networks.bart import BartConfig
 from prompt_tuning_jax.networks.bert import BertConfig
 from prompt_tuning_jax.networks.t5 import T5Config
-from prompt_tuning_jax.predictor import Predictor
+from prompt_tuning_jax.predictor import DecodingSettings, Predictor
 from prompt_tuning_jax.prompted_model import PromptedModel
 
 SHAPE = dict(vocab_size=320, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=16, num_encoder_layers=1)
@@ -57,3 +57,18 @@ def test_a_masked_language_model_needs_a_mask_and_has_no_prior(loaded):
       ask(base.params, [[base.config.mask_id, 8], [9, 8]])
   with pytest.raises(ValueError, match='A masked language model cannot be calibrated'):
     predictor.prior(base.params, ['good', 'bad'])
+
+
+def test_a_stop_string_may_stand_in_an_id_beyond_the_vocabulary(tiny_base):
+  """A T5 has more rows than its vocabulary has pieces: these are unknown words."""
+  base = base_checkpoint.load_base(str(tiny_base))
+  words, decoder = Vocabulary.of_base(base), base.params['decoder']
+  kernel = np.array(decoder['logits_dense']['kernel'])
+  kernel[:, :words.size] = 0
+  params = {**base.params, 'decoder': {**decoder, 'logits_dense': {'kernel': kernel}}}
+  predictor = Predictor(PromptedModel(base.config.network()), words, None, 2, 6)
+  inputs = [[5, 9, 1], [7, 1]]
+  assert all(text.count('⁇') == 6 for text in predictor.generate(params, inputs))
+  stopped = predictor.generate_with(params, inputs, DecodingSettings(stop=('⁇',)))
+  first = predictor.first_words(params, inputs)
+  np.testing.assert_allclose([texts[0].score for texts in stopped], first.max(axis=1), rtol=1e-5)

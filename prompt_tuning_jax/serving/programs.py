@@ -104,10 +104,11 @@ class Programs:
     return program(self.params, tokens, candidates, segments, added)
 
 
-def stop_strings_of(rows: Sequence[Sequence[str]], vocabulary: Vocabulary) -> Stops:
+def stop_strings_of(rows: Sequence[Sequence[str]], bytes_of_ids: tuple[Array, Array],
+                    leading_spaces: int) -> Stops:
   """Those of each row of a batch, without the table of bytes, which stays on the device."""
-  return stop_strings.of_rows(rows, *vocabulary.bytes_of_ids(), vocabulary.leading_spaces,
-                              MAX_STOPS, MAX_STOP_BYTES).replace(table=None, lengths=None)
+  return stop_strings.of_rows(rows, *bytes_of_ids, leading_spaces, MAX_STOPS,
+                              MAX_STOP_BYTES).replace(table=None, lengths=None)
 
 
 def compile_programs(model: PromptedModel, params: PyTree, vocabulary: Vocabulary,
@@ -119,7 +120,8 @@ def compile_programs(model: PromptedModel, params: PyTree, vocabulary: Vocabular
   """
   began, form = time.monotonic(), _form(bank)
   compiled = dict(known.compiled) if known and known.form == form else {}
-  table = known.bytes_of_ids if known else jax.device_put(vocabulary.bytes_of_ids())
+  table = known.bytes_of_ids if known else jax.device_put(
+      vocabulary.bytes_of_ids(model.network.config.vocab_size))
   make = _Maker(model, params, vocabulary, bank, shapes.max_decode_length, table)
   fresh, wanted = 0, {}
   for rows, width in itertools.product(shapes.batch_sizes, shapes.widths):
@@ -169,7 +171,7 @@ class _Maker:
 
   def _inputs(self, rows: int, width: int) -> tuple[np.ndarray, Added, Stops]:
     return (np.ones((rows, width), np.int32), self.bank.added([Slot()] * rows),
-            stop_strings_of([()] * rows, self.vocabulary))
+            stop_strings_of([()] * rows, self.table, self.vocabulary.leading_spaces))
 
 
 def sampling(rows: Sequence[tuple[float, int, float, int]]) -> Sampling:

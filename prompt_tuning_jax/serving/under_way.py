@@ -27,7 +27,8 @@ class Texts:
     self._limits = np.array([row.limit for row in rows] + [0] * spare, np.int32)
     self._streams = [TextStream(vocabulary, row.stops) for row in rows]
     self._live = set(range(len(rows)))
-    stops = stop_strings_of([row.stops for row in rows] + [()] * spare, vocabulary)
+    stops = stop_strings_of([row.stops for row in rows] + [()] * spare,
+                            self._programs.bytes_of_ids, vocabulary.leading_spaces)
     self._decoding = self._programs.start(tokens, self._added, stops)
 
   @property

@@ -120,6 +120,12 @@ def test_every_answer_is_the_offline_one_and_nothing_is_compiled_for_it(offline,
                                      if isinstance(event, Finished))
 
 
+def test_stop_strings_are_looked_for_in_ids_beyond_the_vocabulary_too(offline, served):
+  table, lengths = served.programs.bytes_of_ids
+  assert len(table) == len(lengths) == offline.base.config.vocab_size > offline.vocabulary.size
+  assert bytes(table[-1, :lengths[-1]]).decode('utf-8') == offline.vocabulary.decode([len(table)])
+
+
 def test_the_base_and_the_prompts_are_models(offline, served):
   base, *prompts = make(offline, served).models()
   assert base.name == 'base' and base.labels is None and base.created > 1.7e9

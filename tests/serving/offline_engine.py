@@ -47,8 +47,8 @@ class Offline:
       choose = token_choice.Sampling(
           column(request.temperature, np.float32), column(request.top_k, np.int32),
           column(request.top_p, np.float32), column(seed, np.uint32))
-      stops = stop_strings.of_rows([request.stop], *self.vocabulary.bytes_of_ids(),
-                                   self.vocabulary.leading_spaces, 2, 8)
+      pieces = self.vocabulary.bytes_of_ids(self.base.config.vocab_size)
+      stops = stop_strings.of_rows([request.stop], *pieces, self.vocabulary.leading_spaces, 2, 8)
       limit = request.max_tokens or DECODED
       tokens, score = self._generate(
           self.model, self.base.params, self._row(slot, self._ids(request.inputs)), DECODED, choose,
