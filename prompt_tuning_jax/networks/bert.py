@@ -120,10 +120,9 @@ class MaskedLM(nn.Module):
     """encoder_input_tokens: [B, T] int32 -> [B, T, D]."""
     del encoder_positions
     cfg, tokens, segments = self.config, encoder_input_tokens, encoder_segment_ids
-    live, ends = tokens > 0, tokens == cfg.end_id
-    mask = masks.pairwise(live, live)
+    mask, ends = masks.keys(tokens > 0), tokens == cfg.end_id
     if segments is not None:
-      mask &= masks.same_segment(segments, segments)
+      mask = mask & masks.same_segment(segments, segments)
     types = jnp.minimum(masks.count_before(ends, segments), cfg.num_types - 1)
     x = self.token_embedder(tokens, virtual_embeddings) + self.type_embedder(types)
     return self.encoder(x, tokens, segments, mask, not enable_dropout, virtual_embeddings, prefix,

@@ -310,5 +310,5 @@ class DecoderOnly(nn.Module):
 def _causal_mask(live: Array, segments: Array | None) -> Array:
   """[B, T] bool, [B, T] int -> [B, 1, T, T] bool: no later token, none of another segment."""
   places = jnp.arange(live.shape[1])
-  mask = masks.causal(places, places) & masks.pairwise(live, live)
+  mask = masks.causal(places, places) & masks.keys(live)
   return mask if segments is None else mask & masks.same_segment(segments, segments)

@@ -289,10 +289,9 @@ class Transformer(nn.Module):
     self_mask = text_positions = None
     cross_mask = masks.keys(encoder_input_tokens > 0)
     if not decode:
-      decoder_live = decoder_target_tokens > 0
-      text_positions = masks.positions(decoder_live, decoder_segment_ids)
+      text_positions = masks.positions(decoder_target_tokens > 0, decoder_segment_ids)
       positions = jnp.arange(decoder_input_tokens.shape[1])
-      self_mask = masks.causal(positions, positions) & masks.pairwise(decoder_live, decoder_live)
+      self_mask = masks.causal(positions, positions)  # Padding stands behind: no target sees it.
     if decoder_segment_ids is not None:
       self_mask &= masks.same_segment(decoder_segment_ids, decoder_segment_ids)
       if encoder_segment_ids is not None:
