@@ -309,9 +309,8 @@ def predict(model: PromptedModel, params: PyTree, encoder_input_tokens: Array, m
 
 
 def beam_search(model: PromptedModel, params: PyTree, encoder_input_tokens: Array, max_length: int,
-                num_beams: int, penalty: Any = beams.BrevityPenalty(),
-                limits: Array | None = None, eos_id: Array | int = 1, added: Added | None = None,
-                early_stopping: bool = False) -> tuple[Array, Array]:
+                num_beams: int, penalty: Any = beams.BrevityPenalty(), eos_id: Array | int = 1,
+                added: Added | None = None) -> tuple[Array, Array]:
   """The best texts of each example that `decoding.beam_search` finds.
 
   Returns:
@@ -320,5 +319,4 @@ def beam_search(model: PromptedModel, params: PyTree, encoder_input_tokens: Arra
   decoding = start_decoding(model, params, encoder_input_tokens, max_length, added, num_beams)
   return beams.beam_search(
       next_logits(model, params, decoding, added), decoding.state.cache,
-      len(encoder_input_tokens), max_length, num_beams, penalty, limits, eos_id, early_stopping,
-      layer_stack.take_rows)
+      len(encoder_input_tokens), max_length, num_beams, penalty, eos_id, layer_stack.take_rows)

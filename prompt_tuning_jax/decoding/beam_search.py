@@ -2,7 +2,7 @@
 
 Live beams are extended by 2N candidates a step, as in T5X and Hugging Face, so that N of them go
 on even if N end. As in Hugging Face, a candidate ends as a hypothesis only from among the N best,
-so one beam is greedy decoding; and what stands at a row's limit is a hypothesis too, without an
+so one beam is greedy decoding; and what stands at the limit is a hypothesis too, without an
 end-of-sequence id.
 """
 
@@ -33,27 +33,6 @@ class BrevityPenalty:
 
 
 @flax.struct.dataclass
-class LengthPower:
-  """log p / n ** exponent, Hugging Face's `length_penalty`; n counts the end.
-
-  `exact` bounds what a beam may reach by the length limit (`early_stopping='never'`); otherwise by
-  its present length, which stops sooner (Hugging Face's default, `early_stopping=False`).
-  """
-
-  exponent: float = 1.0
-  exact: bool = flax.struct.field(pytree_node=False, default=True)
-
-  def score(self, log_likelihood: Array, length: Array) -> Array:
-    """What hypotheses are ranked by."""
-    return log_likelihood / jnp.asarray(length, jnp.float32) ** self.exponent
-
-  def bound(self, log_likelihood: Array, length: Array, limit: Array) -> Array:
-    """What a continuation's score is taken to be at most."""
-    now = self.score(log_likelihood, length)
-    return jnp.maximum(now, self.score(log_likelihood, limit)) if self.exact else now
-
-
-@flax.struct.dataclass
 class _Beams:
   """position []; done [B]; tokens [B, N, max_length] and log p [B, N] of live beams, best first;
   tokens and scores of hypotheses, best first, with -inf where there is none."""
@@ -73,29 +52,24 @@ def _leading(cache: Any, rows: Array) -> Any:
 
 
 def beam_search(next_logits: NextLogits, cache: Any, batch: int, max_length: int, beams: int,
-                penalty: Any = BrevityPenalty(), limits: Array | None = None,
-                eos_id: Array | int = 1, early_stopping: bool = False,
+                penalty: Any = BrevityPenalty(), eos_id: Array | int = 1,
                 take_rows: Callable[[Any, Array], Any] = _leading) -> tuple[Array, Array]:
   """The best texts by their scores.
 
-  A row is done when no live beam can beat the worst of its N hypotheses (`penalty.bound`), at its
-  limit or, with `early_stopping` or one beam, as soon as it has N.
+  A row is done when no live beam can beat the worst of its N hypotheses (`penalty.bound`) or, with
+  one beam, as soon as it has one.
 
   Args:
     next_logits: (cache, tokens [B*N]) -> (logits [B*N, V], cache); the first call gets the start
       id.
     cache: what `take_rows` takes, by default leaves with a leading axis of B*N and scalars, which
       are the same for all.
-    limits: [B] int32, the most tokens of each row, at most max_length, which is the default.
     take_rows: (cache, rows [B*N]) -> the cache with these rows of it.
 
   Returns:
     (tokens [B, N, max_length] int32, each with its end-of-sequence id, then 0;
     scores [B, N] float32), best first; -inf and all 0 where there are fewer texts than beams.
   """
-  limits = jnp.full((batch,), max_length) if limits is None else jnp.minimum(limits, max_length)
-  stop_at_full = early_stopping or beams == 1
-
   def step(state: _Beams) -> _Beams:
     logits, cache = next_logits(state.cache, state.last.reshape(-1))
     log_p, parents, tokens = _candidates(logits, state.log_likelihood)
@@ -103,9 +77,9 @@ def beam_search(next_logits: NextLogits, cache: Any, batch: int, max_length: int
     candidates = jax.lax.dynamic_update_slice(candidates, tokens[..., None],
                                               (0, 0, state.position))
     length = state.position + 1
-    at_limit = length >= limits
     ends = tokens == eos_id
-    finish = (ends | at_limit[:, None]) & (jnp.arange(2 * beams) < beams) & ~state.done[:, None]
+    finish = ends | (length >= max_length)
+    finish &= (jnp.arange(2 * beams) < beams) & ~state.done[:, None]
     scores, hypotheses = _best(
         beams, jnp.concatenate([state.scores, jnp.where(
             finish, penalty.score(log_p, length), -jnp.inf)], axis=1),
@@ -113,16 +87,17 @@ def beam_search(next_logits: NextLogits, cache: Any, batch: int, max_length: int
     log_p, live, parents, tokens = _best(beams, jnp.where(ends, -jnp.inf, log_p), candidates,
                                          parents, tokens)
     full = jnp.all(scores > -jnp.inf, axis=1)
-    beaten = penalty.bound(log_p[:, 0], length, limits) <= scores[:, -1]
-    done = state.done | at_limit | full & (stop_at_full | beaten)
+    beaten = penalty.bound(log_p[:, 0], length, max_length) <= scores[:, -1]
+    done = state.done | full & (beaten | (beams == 1))
     rows = (jnp.arange(batch)[:, None] * beams + parents).reshape(-1)
     cache = take_rows(cache, rows)
     return _Beams(length, done, live, log_p, tokens, hypotheses, scores, cache)
 
   nothing = jnp.zeros((batch, beams, max_length), jnp.int32)
   none = jnp.full((batch, beams), -jnp.inf)
-  first = _Beams(jnp.zeros((), jnp.int32), limits <= 0, nothing, none.at[:, 0].set(0.0),
-                 jnp.full((batch, beams), START, jnp.int32), nothing, none, cache)
+  first = _Beams(jnp.zeros((), jnp.int32), jnp.zeros((batch,), bool), nothing,
+                 none.at[:, 0].set(0.0), jnp.full((batch, beams), START, jnp.int32), nothing, none,
+                 cache)
   last = jax.lax.while_loop(
       lambda state: (state.position < max_length) & ~jnp.all(state.done), step, first)
   return last.hypotheses, last.scores

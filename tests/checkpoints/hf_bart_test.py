@@ -13,7 +13,7 @@ import safetensors.numpy
 from prompt_tuning_jax import param_paths, prompted_model
 from prompt_tuning_jax.checkpoints import hf_safetensors
 from prompt_tuning_jax.checkpoints.base_checkpoint import load_base
-from prompt_tuning_jax.decoding.beam_search import LengthPower
+from prompt_tuning_jax.decoding.beam_search import BrevityPenalty
 from prompt_tuning_jax.networks import bart, parameters
 from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts.soft_prompt import SoftPrompt
@@ -149,7 +149,7 @@ def test_decoding_is_that_of_transformers(model, base, beams):
   with torch.no_grad():
     made = model.generate(
         torch.tensor(ids), attention_mask=torch.tensor(ids != PAD), max_new_tokens=length,
-        do_sample=False, num_beams=beams, num_return_sequences=beams, length_penalty=1.0,
+        do_sample=False, num_beams=beams, num_return_sequences=beams, length_penalty=0.0,
         early_stopping='never' if beams > 1 else False, return_dict_in_generate=True,
         output_scores=True)
   expected = ended(made.sequences.numpy(), length)
@@ -160,7 +160,7 @@ def test_decoding_is_that_of_transformers(model, base, beams):
   else:
     tokens, scores = jax.jit(functools.partial(
         prompted_model.beam_search, ours, max_length=length, num_beams=beams,
-        penalty=LengthPower(1.0), eos_id=EOS + 1))(base.params, inputs)
+        penalty=BrevityPenalty(0.0), eos_id=EOS + 1))(base.params, inputs)
     tokens = tokens.reshape(-1, length)
     np.testing.assert_allclose(scores.ravel(), made.sequences_scores, rtol=1e-4)
   np.testing.assert_array_equal(tokens, expected)

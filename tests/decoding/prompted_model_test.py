@@ -10,7 +10,7 @@ import pytest
 from prompt_tuning_jax import objectives, param_paths, prompted_model
 from prompt_tuning_jax.checkpoints.base_checkpoint import load_base
 from prompt_tuning_jax.decoding import stop_strings, token_choice
-from prompt_tuning_jax.decoding.beam_search import BrevityPenalty, LengthPower
+from prompt_tuning_jax.decoding.beam_search import BrevityPenalty
 from prompt_tuning_jax.networks import parameters, t5
 from prompt_tuning_jax.networks.prefix import Prefix
 from prompt_tuning_jax.prompted_model import Added, PromptedModel
@@ -90,7 +90,7 @@ def test_narrow_sampling_and_one_beam_are_greedy():
     tokens, scores = generate(MODEL, PARAMS, inputs, 14, sampling(range(8), **settings))
     np.testing.assert_array_equal(tokens, greedy)
     np.testing.assert_allclose(scores, expected, rtol=1e-6)
-  tokens, scores = beam_search(MODEL, PARAMS, inputs, 14, 1, LengthPower(0.0))
+  tokens, scores = beam_search(MODEL, PARAMS, inputs, 14, 1, BrevityPenalty(0.0))
   np.testing.assert_array_equal(tokens[:, 0], greedy)
   np.testing.assert_allclose(scores[:, 0], expected, rtol=1e-5)
 
@@ -118,9 +118,9 @@ def test_samples_and_beams_score_as_without_a_cache():
   assert 0 < np.sum(sizes < 14) < 24
   again, _ = generate(MODEL, PARAMS, repeated, 14, sampling(range(24), 1.3, 20, 0.95))
   np.testing.assert_array_equal(again, tokens)
-  tokens, scores = beam_search(MODEL, PARAMS, inputs, 14, 3, LengthPower(1.0))
+  tokens, scores = beam_search(MODEL, PARAMS, inputs, 14, 3, BrevityPenalty(1.0))
   expected, sizes = scored_without_a_cache(repeated, tokens.reshape(24, 14))
-  np.testing.assert_allclose(scores.ravel(), expected / sizes, rtol=2e-5)
+  np.testing.assert_allclose(scores.ravel(), 6 * expected / (5 + sizes), rtol=2e-5)
   assert 0 < np.sum(sizes < 14)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax import param_paths, prompted_model
-from prompt_tuning_jax.decoding.beam_search import LengthPower
+from prompt_tuning_jax.decoding.beam_search import BrevityPenalty
 from prompt_tuning_jax.networks import gpt
 from prompt_tuning_jax.networks.parameters import parameter_specs
 from prompt_tuning_jax.prompted_model import PromptedModel
@@ -298,7 +298,7 @@ def test_four_beams_of_a_prompted_gpt2():
       made = model.generate(
           inputs_embeds=embedded(model, torch.tensor(prompt), text)[None], max_new_tokens=length,
           attention_mask=torch.ones(1, len(text) + P).long(), do_sample=False, num_beams=4,
-          num_return_sequences=4, length_penalty=1.0, early_stopping='never',
+          num_return_sequences=4, length_penalty=0.0, early_stopping='never',
           pad_token_id=EOS - 1, eos_token_id=EOS - 1, return_dict_in_generate=True,
           output_scores=True)
       rows = made.sequences.numpy() + 1
@@ -307,7 +307,7 @@ def test_four_beams_of_a_prompted_gpt2():
       expected_scores += made.sequences_scores.tolist()
   ours = PromptedModel(GPT2.network(), SoftPrompt(P, D))
   search = jax.jit(functools.partial(prompted_model.beam_search, ours, max_length=length,
-                                     num_beams=4, penalty=LengthPower(1.0), eos_id=EOS))
+                                     num_beams=4, penalty=BrevityPenalty(0.0), eos_id=EOS))
   tokens, scores = search({**params, 'prompt': {'embedding': prompt}},
                           padded(list(map(VirtualTokens(V, P).place, inputs))))
   np.testing.assert_array_equal(tokens.reshape(16, length), padded(expected, length))

@@ -7,13 +7,13 @@ import copy
 import dataclasses
 import functools
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from prompt_tuning_jax import param_paths, prompted_model
-from prompt_tuning_jax.decoding.beam_search import LengthPower
 from prompt_tuning_jax.networks import t5
 from prompt_tuning_jax.networks.parameters import parameter_specs
 from prompt_tuning_jax.prompted_model import PromptedModel
@@ -260,6 +260,25 @@ def test_greedy_decoding(kind):
   assert 0 < np.sum(np.any(expected == 1, axis=1)) < 8, 'some texts should end, some not'
 
 
+@flax.struct.dataclass
+class LengthPower:
+  """transformers' scores, log p / n ** exponent, and when it stops."""
+
+  exponent: float
+  early_stopping: bool | str = flax.struct.field(pytree_node=False)
+
+  def score(self, log_likelihood, length):
+    return log_likelihood / jnp.asarray(length, jnp.float32) ** self.exponent
+
+  def bound(self, log_likelihood, length, limit):
+    """What a continuation's score is taken to be at most."""
+    if self.early_stopping is True:  # as soon as there are as many texts as beams
+      return jnp.full_like(log_likelihood, -jnp.inf)
+    now = self.score(log_likelihood, length)
+    never = self.early_stopping == 'never'
+    return jnp.maximum(now, self.score(log_likelihood, limit)) if never else now
+
+
 @pytest.mark.parametrize('exponent, early_stopping', [
     (0.0, 'never'), (1.0, 'never'), (2.0, 'never'), (1.0, False), (1.0, True), (-1.0, False)])
 def test_beam_search(exponent, early_stopping):
@@ -280,20 +299,18 @@ def test_beam_search(exponent, early_stopping):
   expected = np.pad(expected, ((0, 0), (0, length - expected.shape[1]))).reshape(6, 4, length)
   before = np.cumsum(expected == 1, axis=-1) - (expected == 1)
   expected = np.where(before, 0, expected)  # Theirs are filled up with more ends.
-  penalty = LengthPower(exponent, exact=early_stopping == 'never')
-  tokens, scores = beam_search(early_stopping is True)(
-      params, placed(inputs, 'before', 30 + P), penalty=penalty)
+  tokens, scores = beam_search()(params, placed(inputs, 'before', 30 + P),
+                                 penalty=LengthPower(exponent, early_stopping))
   np.testing.assert_array_equal(tokens, expected)
   np.testing.assert_allclose(scores.ravel(), theirs.sequences_scores, rtol=1e-4)
   assert np.any(expected == 1)
 
 
 @functools.cache
-def beam_search(early_stopping):
+def beam_search():
   """Compiled once for all exponents."""
   model, _ = prompted('t5_1_0')
-  return jax.jit(functools.partial(prompted_model.beam_search, model, max_length=20, num_beams=4,
-                                   early_stopping=early_stopping))
+  return jax.jit(functools.partial(prompted_model.beam_search, model, max_length=20, num_beams=4))
 
 
 def test_bfloat16_is_as_close_as_bfloat16_in_torch():
