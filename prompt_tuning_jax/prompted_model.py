@@ -209,7 +209,8 @@ class Decoding:
   """A batch that is being decoded: all that is kept between one call and the next.
 
   Attributes:
-    encoded: of the network's `encode`, for B * repeats rows.
+    encoded: of the network's `encode`, for B * repeats rows; None where `kept` has all that is
+      read of it.
     inputs: [B * repeats, T] int32, encoder_input_tokens.
     kept: collections of variables that do not change: keys and values of the encoded inputs.
     state: of these rows; `state.tokens` are what has been made.
@@ -241,12 +242,13 @@ def start_decoding(model: PromptedModel, params: PyTree, encoder_input_tokens: A
       variables, encoded, encoder_input_tokens, tokens, tokens, enable_dropout=False, decode=True,
       max_decode_length=max_length, mutable=['cache', 'cross_cache'], added=added, method='decode')
   inputs = jnp.asarray(encoder_input_tokens)
-  if repeats > 1:
-    encoded, inputs, made = layer_stack.take_rows(
-        (encoded, inputs, made), jnp.repeat(jnp.arange(len(inputs)), repeats))
   # Only a network with cross-attention has anything else there than the growing cache.
   kept = {name: value for name, value in made.items() if name != 'cache'}
-  state = sample.start(made['cache'], len(inputs), max_length,
+  encoded, cache = None if kept else encoded, made['cache']
+  if repeats > 1:
+    encoded, inputs, kept, cache = layer_stack.take_rows(
+        (encoded, inputs, kept, cache), jnp.repeat(jnp.arange(len(inputs)), repeats))
+  state = sample.start(cache, len(inputs), max_length,
                        stop_strings.repeated(stops, repeats))
   return Decoding(encoded, inputs, kept, state, repeats)
 

@@ -212,7 +212,7 @@ class MultiHeadAttention(nn.Module):
 
   Two caches serve decoding. Collection `cache` holds the keys and values of the tokens so far
   (self-attention). Collection `cross_cache`, where the caller makes it mutable or passes it, holds
-  the keys and values of the encoded input, which never change during decoding.
+  the keys and values of the encoded input, which never change during decoding and take its place.
   """
 
   num_heads: int
@@ -284,10 +284,12 @@ class MultiHeadAttention(nn.Module):
     It should where that is less work, and where nobody else wants the keys and values. A fused
     kernel does: beside it, all of the many small products and what lies between them is slow.
     """
-    queries, keys, dim = inputs_q.shape[1], inputs_kv.shape[1], self.head_dim
     wanted = (self.is_initializing() or self.has_variable('cross_cache', 'cached_key')
               or any(map(self.is_mutable_collection, ('cross_cache', 'intermediates'))))
-    if wanted or self.implementation != 'xla' or queries * (keys + dim) >= keys * dim:
+    if wanted or self.implementation != 'xla':
+      return None
+    queries, keys, dim = inputs_q.shape[1], inputs_kv.shape[1], self.head_dim
+    if queries * (keys + dim) >= keys * dim:
       return None
     kernels = [projection.plain_kernel() for projection in projections]
     if any(kernel is None for kernel in kernels):

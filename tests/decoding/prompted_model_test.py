@@ -124,6 +124,12 @@ def test_samples_and_beams_score_as_without_a_cache():
   assert 0 < np.sum(sizes < 14)
 
 
+def test_encoded_inputs_are_not_kept_beside_their_keys_and_values():
+  decoding = start_decoding(MODEL, PARAMS, padded(MANY, WIDTH), 14, repeats=2)
+  assert decoding.encoded is None
+  assert {leaf.shape[0] for leaf in jax.tree.leaves(decoding.kept)} == {16}
+
+
 def test_a_mixed_batch_is_each_row_alone_and_chunks_are_all_at_once():
   """Settings, seeds, limits and stop strings, of each row its own; two rows of each example."""
   inputs = padded(MANY, WIDTH)
