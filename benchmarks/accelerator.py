@@ -53,7 +53,7 @@ from prompt_tuning_jax.networks import int8, parameters
 from prompt_tuning_jax.networks.execution import Execution
 from prompt_tuning_jax.training import methods
 from prompt_tuning_jax.training import state as train_state
-from prompt_tuning_jax.training.step import make_train_step
+from prompt_tuning_jax.training.step import Recipe, make_train_step
 
 SIZES = ('small', 'base', 'large', 'xl', 'xxl')
 # By the start of `device_kind`, the first that fits: dense bfloat16 FLOP/s and bytes/s, as the
@@ -87,8 +87,8 @@ def parameter_dtype(size: str, flags: argparse.Namespace) -> str:
 def step_and_shapes(config: Any, dtype: str, flags: argparse.Namespace) -> tuple[Any, tuple]:
   """(the compiled step, shapes of its arguments: state, frozen leaves, batch)."""
   optimizer = optimizers.adafactor()
-  step = make_train_step(methods.PromptTuning(flags.prompt_length).model(config), optimizer, seed=0,
-                         z_loss=1e-4)
+  model = methods.PromptTuning(flags.prompt_length).model(config)
+  step = make_train_step(Recipe(model, optimizer, z_loss=1e-4))
   rows = jax.ShapeDtypeStruct((flags.prompt_length, config.emb_dim), jnp.float32)
   state = jax.eval_shape(lambda rows: train_state.create({'prompt': {'embedding': rows}},
                                                          optimizer), rows)

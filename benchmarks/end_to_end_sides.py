@@ -19,7 +19,7 @@ from prompt_tuning_jax.partitioning import Partitioner
 from prompt_tuning_jax.predictor import Predictor
 from prompt_tuning_jax.training import evaluate, methods
 from prompt_tuning_jax.training import state as train_state
-from prompt_tuning_jax.training.step import make_train_step
+from prompt_tuning_jax.training.step import Recipe, make_train_step
 
 LENGTHS = {'inputs': 512, 'targets': 8}
 FILES = {'train': 'train.jsonl', 'validation': 'validation.jsonl'}
@@ -48,8 +48,8 @@ class Ours:
     self.buckets, self.partitioner = (FIXED if fixed else None), Partitioner()
     self.trainable, self.frozen = {'prompt': {'embedding': prompt}}, base.params
     self.optimizer = optimizers.adafactor()
-    self.step = make_train_step(self.model, self.optimizer, seed=0, z_loss=0.0,
-                                partitioner=self.partitioner)
+    self.step = make_train_step(
+        Recipe(self.model, self.optimizer, partitioner=self.partitioner))
     self.predictor = Predictor(self.model, self.vocabulary, self.virtual, flags.batch_size,
                                flags.label_tokens, self.partitioner)
     self.tokenise(warm=True)

@@ -24,7 +24,7 @@ from prompt_tuning_jax.data.seqio_task import SeqioTask
 from prompt_tuning_jax.data.vocabulary import Vocabulary
 from prompt_tuning_jax.training import methods
 from prompt_tuning_jax.training import state as train_state
-from prompt_tuning_jax.training.step import make_train_step
+from prompt_tuning_jax.training.step import Recipe, make_train_step
 
 
 def clock(function, *arguments):
@@ -43,7 +43,7 @@ def compare(network: str, cache: token_cache.TokenCache, batching, rows: int, fl
   params = model.init(jax.random.key(0), token, token, token, enable_dropout=False)['params']
   trainable, frozen = param_paths.split(params, method.trainable)
   state = train_state.create(trainable, optimizer)
-  step = make_train_step(model, optimizer, seed=0, z_loss=1e-4)
+  step = make_train_step(Recipe(model, optimizer, z_loss=1e-4))
   source = batching([cache], rows, 0, method.virtual_tokens(config.vocab_size))
   for i in range(flags.repeats):
     state, _ = step(state, frozen, source.batch_at(i))

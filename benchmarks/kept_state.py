@@ -30,7 +30,7 @@ from prompt_tuning_jax.checkpoints import base_checkpoint, hf_safetensors
 from prompt_tuning_jax.checkpoints.training_state import TrainingStates
 from prompt_tuning_jax.training import loop, methods, report
 from prompt_tuning_jax.training import state as train_state
-from prompt_tuning_jax.training.step import make_train_step
+from prompt_tuning_jax.training.step import Recipe, make_train_step
 
 PROMPTS = {'mini': 20, 't5_1_1_small': 100, 't5_1_1_base': 100, 't5_1_1_xxl': 100}  # lengths
 
@@ -121,7 +121,7 @@ def stall(folder: pathlib.Path, flags) -> dict:
   model, optimizer = method.model(config), optimizers.adafactor()
   trainable, frozen = param_paths.split(param_paths.merge(added, base.params), method.trainable)
   state = train_state.create(jax.tree.map(jnp.copy, trainable), optimizer)
-  step = make_train_step(model, optimizer, seed=0, z_loss=1e-4)
+  step = make_train_step(Recipe(model, optimizer, z_loss=1e-4))
   virtual = np.arange(config.vocab_size, config.vocab_size + 100)
   rng = np.random.default_rng(0)
   texts = rng.integers(3, 8000, (flags.rows, flags.length))

@@ -27,7 +27,7 @@ from prompt_tuning_jax.checkpoints import stored_leaf
 from prompt_tuning_jax.partitioning import Partitioner
 from prompt_tuning_jax.training import methods
 from prompt_tuning_jax.training import state as train_state
-from prompt_tuning_jax.training.step import make_train_step
+from prompt_tuning_jax.training.step import Recipe, make_train_step
 
 
 def make_batch(rows: int, positions: int, targets: int, prompt: int, vocab_size: int):
@@ -54,7 +54,7 @@ def prepare(method, optimizer, config, batch):
       functools.partial(model.init, enable_dropout=False), jax.random.key(0), token, token,
       token)['params'])
   trainable, frozen = param_paths.split(params, method.trainable)
-  step = make_train_step(model, optimizer, seed=0, z_loss=1e-4, partitioner=partitioner)
+  step = make_train_step(Recipe(model, optimizer, z_loss=1e-4, partitioner=partitioner))
   trainable = jax.tree.map(jnp.array, trainable)  # a copy: steps donate these
   held = [partitioner.replicate(train_state.create(trainable, optimizer))]
   batch = partitioner.put_batch(batch)

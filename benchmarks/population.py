@@ -1,6 +1,6 @@
 """Prompts trained at once over one base against the same prompts one after another.
 
-  python benchmarks/population.py --networks mini t5_1_1_small --rows 1 2 4 8 --members 4
+  python benchmarks/population.py --networks mini t5_1_1_small --rows 1 4 --input_lengths 16 64
 
 One step of all members together (`training.population`) and one step of each in turn, A B A B in
 one process, at equal shapes and optimizers. A case's ratio is that of median times: how many times
@@ -11,6 +11,7 @@ all as JSON.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -38,7 +39,7 @@ def prepare(config, members: int, batch, prompt_length: int):
   start = lambda: [train_state.create(jax.tree.map(jnp.array, trainable), optimizer)
                    for _ in recipes]
   # One program for all: a sweep of one shape would compile no more either.
-  step, states = make_train_step(**vars(recipes[0])), start()
+  step, states = make_train_step(recipes[0]), start()
   together, all_states = population.make_population_step(recipes, states), start()
   rows = population.together([batch] * members)
 
@@ -69,7 +70,7 @@ def measure(runs, repeats: int) -> dict:
 def write(flags, cases) -> None:
   """What has been measured so far, where --output says."""
   if flags.output:
-    of_cases = ('networks', 'members', 'rows', 'output')
+    of_cases = ('networks', 'members', 'rows', 'input_lengths', 'output')
     settings = {name: value for name, value in vars(flags).items() if name not in of_cases}
     pathlib.Path(flags.output).write_text(json.dumps(
         {**settings, 'device': jax.devices()[0].device_kind, 'cases': cases}, indent=1) + '\n',
@@ -80,9 +81,9 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   add = parser.add_argument
   add('--networks', nargs='+', default=['mini', 't5_1_1_small'])
-  add('--rows', type=int, nargs='+', default=[1, 2, 4, 8], help='of each member')
+  add('--rows', type=int, nargs='+', default=[1, 4], help='of each member')
   add('--members', type=int, nargs='+', default=[4])
-  add('--input_length', type=int, default=64)
+  add('--input_lengths', type=int, nargs='+', default=[16, 64])
   add('--prompt_length', type=int, default=20)
   add('--target_length', type=int, default=8)
   add('--dropout_rate', type=float, default=0.1)
@@ -92,18 +93,18 @@ def main():
   cases = []
   for network in flags.networks:
     config = dataclasses.replace(launch.network_named(network), dropout_rate=flags.dropout_rate)
-    for members in flags.members:
-      for rows in flags.rows:
-        batch = make_batch(rows, flags.input_length + flags.prompt_length, flags.target_length,
-                           flags.prompt_length, config.vocab_size)
-        found = measure(prepare(config, members, batch, flags.prompt_length), flags.repeats)
-        cases.append({'network': network, 'members': members, 'rows': rows,
-                      'load': os.getloadavg()[0], **found})
-        print(f'{network}: {members} members of {rows} rows: '
-              f'{found["passed"]["ratio"]:.2f} times as fast, processor time '
-              f'{found["processor"]["ratio"]:.2f} times less', flush=True)
-        jax.clear_caches()
-        write(flags, cases)
+    for members, rows, length in itertools.product(flags.members, flags.rows, flags.input_lengths):
+      batch = make_batch(rows, length + flags.prompt_length, flags.target_length,
+                         flags.prompt_length, config.vocab_size)
+      found = measure(prepare(config, members, batch, flags.prompt_length), flags.repeats)
+      cases.append({'network': network, 'members': members, 'rows': rows, 'input_length': length,
+                    'load': os.getloadavg()[0], **found})
+      print(f'{network}: {members} members of {rows} rows of {length} tokens: '
+            f'{found["passed"]["ratio"]:.2f} times as fast, processor time '
+            f'{found["processor"]["ratio"]:.2f} times less', flush=True)
+      jax.clear_caches()
+      write(flags, cases)
+
 
 if __name__ == '__main__':
   main()

@@ -10,8 +10,8 @@ that does not exist or has no value is one line on stderr and exit status 2.
 
 import argparse
 import difflib
+import functools
 import inspect
-import linecache
 import logging
 import os
 import pathlib
@@ -19,8 +19,10 @@ import pkgutil
 import re
 import sys
 import tokenize
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+from prompt_tuning_jax.refusal import is_ours, refuse
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
 CACHE = os.path.expanduser('~/.cache/prompt_tuning_jax')
@@ -50,7 +52,7 @@ def train(argv: Sequence[str]) -> int:
   """The verb `train`: returns the exit status (0, 1 for a refused run, 2 for a wrong command)."""
   flags = parse_flags(argv)
   if not flags.gin_file:
-    return _refuse('no --gin_file: try --gin_file=run/quick_start.gin, or see --help.', 2)
+    return refuse('no --gin_file: try --gin_file=run/quick_start.gin, or see --help.', 2)
   set_up_process()
   try:
     files = find_files(flags.gin_file, flags.gin_search_paths)
@@ -58,7 +60,7 @@ def train(argv: Sequence[str]) -> int:
     read_config(files, flags.gin_bindings, run.train)
     start_processes(flags)
   except ValueError as error:
-    return _refuse(error, 2)
+    return refuse(error, 2)
   try:
     arguments, text = resolve(run.train, config_text=None)
     if flags.dry_run:
@@ -66,9 +68,9 @@ def train(argv: Sequence[str]) -> int:
     else:
       run.train(**{**arguments, 'config_text': text})
   except ValueError as error:
-    if not _is_ours(error) or os.environ.get('PROMPT_TUNING_JAX_TRACEBACK'):
+    if not is_ours(error) or os.environ.get('PROMPT_TUNING_JAX_TRACEBACK'):
       raise
-    return _refuse(error, 1)
+    return refuse(error, 1)
   return 0
 
 
@@ -92,7 +94,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
   add('--coordinator_address', metavar='HOST:PORT', help='of process 0; with the next two')
   add('--num_processes', type=int, metavar='N')
   add('--process_id', type=int, metavar='I')
-  parser.error = lambda message: sys.exit(_refuse(message, 2))
+  parser.error = lambda message: sys.exit(refuse(message, 2))
   flags, unknown = parser.parse_known_args([_gin_flag_as_binding(arg) for arg in argv])
   for arg in unknown:
     name = arg.split('=')[0]
@@ -208,11 +210,27 @@ def resolve(entry: Callable, **given) -> tuple[dict[str, Any], str]:
   are the caller's: they are not in the text.
   """
   import gin
-  arguments = gin.get_bindings(entry)
-  values = {**gin.config._get_default_configurable_parameter_values(entry, None, list(given)),
-            **gin.get_bindings(entry, resolve_references=False)}
-  gin.config._OPERATIVE_CONFIG['', gin.config._inverse_lookup(entry).selector] = values
-  return {**arguments, **given}, gin.operative_config_str()
+  defaults = gin.config._get_default_configurable_parameter_values(entry, None, list(given))
+  settings = _settings(gin.config._inverse_lookup(entry).selector, defaults)
+  return {**settings, **given}, gin.operative_config_str()
+
+
+def _settings(selector: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+  """The arguments that are bound, with which gin's operative configuration is told.
+
+  What is named without being called, as `@batches.TrainBatches` is, gets its own settings here:
+  gin would look for them at the call, when the configuration may be another run's.
+  """
+  import gin
+  gin.config._OPERATIVE_CONFIG['', selector] = {
+      **defaults, **gin.get_bindings(selector, resolve_references=False)}
+  arguments = gin.get_bindings(selector)
+  for name, value in arguments.items():
+    for other, known in gin.config._REGISTRY.items():
+      if known.wrapper is value:
+        bound = functools.partial(known.wrapped, **_settings(other, {}))
+        arguments[name] = functools.update_wrapper(bound, known.wrapped, updated=())
+  return arguments
 
 
 def network_named(name: str):
@@ -380,21 +398,3 @@ def _nearest(name: str, names: Iterable[str]) -> str:
   by_lower = {other.lower(): other for other in names}
   near = difflib.get_close_matches(name.lower(), by_lower, 1)
   return f' Did you mean {by_lower[near[0]]}?' if near else ''
-
-
-def _is_ours(error: ValueError) -> bool:
-  """Whether a `raise` in our own files made it: such an error says all there is to say."""
-  last = error.__traceback__
-  while last.tb_next:
-    last = last.tb_next
-  path = pathlib.Path(last.tb_frame.f_code.co_filename)
-  line = linecache.getline(str(path), last.tb_lineno)
-  ours = {PACKAGE, PACKAGE.parent / 'tasks'}  # in a checkout, tasks/ stands beside the package
-  return bool(ours & set(path.resolve().parents)) and line.strip().startswith('raise ')
-
-
-def _refuse(error: Exception | str, status: int) -> int:
-  """Prints one line on stderr (gin's note about the call is cut off); returns `status`."""
-  message = ' '.join(str(error).split('\n  In call to configurable')[0].split())
-  print(f'error: {message}', file=sys.stderr)
-  return status

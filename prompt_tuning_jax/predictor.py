@@ -69,8 +69,7 @@ class DecodingSettings:
            f'{self.num_samples} greedy texts would be one: set temperature or num_beams')
     expect(self.temperature or (not self.top_k and self.top_p == 1),
            'top_k and top_p belong to a temperature above 0')
-    # From there on scores of texts of some thousand tokens are no numbers of float32.
-    expect(self.length_penalty is None or abs(self.length_penalty) <= 10,
+    expect(self.length_penalty is None or abs(self.length_penalty) <= 10,  # more overflows float32
            f'length_penalty should be such as 0.6, from -10 to 10, got {self.length_penalty}')
     expect(self.num_beams > 1 or self.length_penalty is None,
            'A length_penalty belongs to beam search: set num_beams')

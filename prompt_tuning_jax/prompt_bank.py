@@ -248,6 +248,9 @@ def _adapters_of(leaves: Mapping[str, Array], activation: str,
 def _check_changes(file: PromptFile, config: Any) -> None:
   """Raises ValueError where changes of kernels do not fit the network's."""
   changes = {path: leaf for path, leaf in file.params.items() if _kind(path) == 'change'}
+  if changes and config.scan_layers:
+    raise ValueError('LoRA and IA3 of a batch that mixes prompts take layers that are not scanned: '
+                     'read the base without scan_layers.')
   if changes:
     kernels = param_paths.unflatten({path: jax.ShapeDtypeStruct(spec.shape, jnp.float32)
                                      for path, spec in parameter_specs(config).items()})

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from prompt_tuning_jax import __version__, cloud_storage, launch
+from prompt_tuning_jax.refusal import is_ours, refuse
 
 NAMED = 'each row names its own in "prompt"'
 path = os.path.expanduser  # the type of a flag: a shell leaves `--output=~/file` alone
@@ -16,7 +17,7 @@ def bare_parser(name: str, description: str) -> argparse.ArgumentParser:
   """A parser without flags; a wrong command is one line and status 2."""
   made = argparse.ArgumentParser(prog=f'python -m prompt_tuning_jax.{name}', allow_abbrev=False,
                                  description=description)
-  made.error = lambda message: sys.exit(launch._refuse(message, 2))
+  made.error = lambda message: sys.exit(refuse(message, 2))
   return made
 
 
@@ -153,10 +154,10 @@ def exit_status(work: Callable[[], None]) -> int:
     _check_texts(sys.argv)
     work()
   except (ValueError, OSError) as error:
-    is_told = isinstance(error, OSError) or launch._is_ours(error)
+    is_told = isinstance(error, OSError) or is_ours(error)
     if not is_told or os.environ.get('PROMPT_TUNING_JAX_TRACEBACK'):
       raise
-    return launch._refuse(error, 1)
+    return refuse(error, 1)
   return 0
 
 

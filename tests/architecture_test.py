@@ -13,7 +13,7 @@ TASKS = ROOT / 'tasks'
 FILES = sorted([*PACKAGE.rglob('*.py'), *TASKS.rglob('*.py')])
 
 FLOORS = (
-    {'types', 'host_memory'},
+    {'types', 'host_memory', 'refusal'},
     {'param_paths', 'tokenizer_file', 'cloud_storage'},
     {'networks', 'prompts', 'decoding', 'objectives', 'metrics', 'partitioning', 'optimizers',
      'ranking'},

@@ -1,5 +1,6 @@
 """Our gin files: all parse, axes do not touch, any order gives the same run, sizes are public."""
 
+import functools
 import itertools
 import math
 import pathlib
@@ -8,9 +9,11 @@ import re
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import launch
+from prompt_tuning_jax import launch, many_runs
+from prompt_tuning_jax.data import batches
 from prompt_tuning_jax.networks import bart, bert, gpt, parameters, t5
 from prompt_tuning_jax.prompts import initializers
+from prompt_tuning_jax.tasks import noise
 from prompt_tuning_jax.training import methods, run
 from prompt_tuning_jax.training.discrete_prompt import DiscretePrompt
 from prompt_tuning_jax.training.lightweight import Adapters
@@ -132,8 +135,38 @@ def test_every_run_round_trips(name, values, tmp_path):
   (tmp_path / 'config.gin').write_text(text)
   again, text_again = _read([str(tmp_path / 'config.gin')])
   assert text_again == text
-  differ = [key for key in arguments if key != 'optimizer' and again[key] != arguments[key]]
+  differ = [key for key in arguments if key != 'optimizer' and
+            _comparable(again[key]) != _comparable(arguments[key])]
   assert not differ
+
+
+def _comparable(value):
+  """A function with its settings, as something that another can be equal to."""
+  if not isinstance(value, functools.partial):
+    return value
+  return value.func, {name: _comparable(each) for name, each in value.keywords.items()}
+
+
+@pytest.mark.parametrize(('flags', 'settings'), [
+    (['--gin_file=batching/fixed.gin'], {'buckets': batches.Buckets((), ())}),
+    (['--gin_file=batching/fresh_noise.gin', '--gin.batches.TrainBatches.window=3'],
+     {'noise': noise.redrawn_spans, 'window': 3}),
+    (['--gin_file=batching/packing.gin', '--gin.packing.PackedBatches.inputs=96'],
+     {'inputs': 96})], ids=['fixed', 'fresh_noise', 'packing'])
+def test_settings_of_batches_are_told_and_a_runs_own(flags, settings, tmp_path):
+  """They are in config.gin, and are those of the run, whatever is configured after it."""
+  command = ['--gin_file=run/quick_start.gin', f'--gin.MODEL_DIR={tmp_path}']
+  own = many_runs.configured([*command, *flags])
+  other = many_runs.configured([
+      *command, '--gin_file=batching/buckets.gin', '--gin.batches.TrainBatches.window=5'])
+  assert other['batching'].keywords == {'window': 5}
+  (tmp_path / 'config.gin').write_text(own['config_text'])
+  again = many_runs.configured([f'--gin_file={tmp_path}/config.gin'])
+  for batching in (own['batching'], again['batching']):
+    assert {**batching.keywords, **settings}.keys() == batching.keywords.keys()
+    found = {name: getattr(value, '__wrapped__', value)
+             for name, value in batching.keywords.items()}
+    assert found == settings
 
 
 @pytest.mark.parametrize('name', PROMPTS)

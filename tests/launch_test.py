@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from prompt_tuning_jax import launch
+from prompt_tuning_jax import launch, refusal
 
 HOUSE = """
 import dataclasses
@@ -191,12 +191,12 @@ def test_our_refusals_are_one_line_and_others_keep_their_traceback(house, capsys
   _read(house, ['--gin_file=run.gin', '--gin.FOLDER=x', '--gin.STOREYS=-1'])
   with pytest.raises(ValueError) as caught:
     _build(house)
-  assert not launch._is_ours(caught.value)  # raised by a file that is not in the package
-  assert launch._refuse(caught.value, 1) == 1
+  assert not refusal.is_ours(caught.value)  # raised by a file that is not in the package
+  assert refusal.refuse(caught.value, 1) == 1
   assert capsys.readouterr().err == 'error: storeys must be at least 0.\n'
   with pytest.raises(ValueError) as caught:
     launch._find('no_such.gin')
-  assert launch._is_ours(caught.value)
+  assert refusal.is_ours(caught.value)
 
 
 def test_a_lone_coordinator_is_refused():

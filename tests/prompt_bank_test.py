@@ -154,6 +154,9 @@ def described(of, leaves, **about):
     ('place', prefix_of(2, 'sky'), {}, 'place: Expected some of the places'),
     ('lora', lora_of(QUERY, 2, (8, 9)), {}, 'lora: lora of encoder'),
     ('lost', lora_of('encoder/nowhere/kernel', 2, (8, 8)), {}, 'lost: lora changes'),
+    ('table', lora_of('token_embedder/embedding', 2, (40, 8)), {}, 'table: lora/token_embedder'),
+    ('norm', {'ia3/encoder/encoder_norm/scale': draw(8)}, {}, 'norm: ia3/encoder/encoder_norm'),
+    ('thin', {f'lora/{QUERY}/a': draw(8), f'lora/{QUERY}/b': draw(8)}, {}, 'thin: lora of enc'),
 ])
 def test_a_file_of_another_base_is_refused_by_name(base, files, name, leaves, about, said):
   with pytest.raises(ValueError, match=said):

@@ -9,10 +9,14 @@ import pytest
 
 from prompt_tuning_jax import launch
 from prompt_tuning_jax.data import seqio_builder, token_cache
+from prompt_tuning_jax.tasks import prepared
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = {folder: (ROOT / folder / 'README.md').read_text('utf-8') for folder in (
-    '.', 'benchmarks', 'benchmarks/reproduce', 'gin', 'gin/t5x', 'jobs', 'tasks')}
+    '.', 'benchmarks', 'benchmarks/reproduce', 'gin', 'gin/t5x', 'jobs', 'tasks',
+    'prompt_tuning_jax/bases/mini', 'prompt_tuning_jax/bases/mini_large',
+    'prompt_tuning_jax/serving')}
+CONTRIBUTING = (ROOT / 'CONTRIBUTING.md').read_text('utf-8')
 SHELL = '\n'.join(re.findall(r'```bash\n(.*?)```', '\n'.join(
     PAGES[folder] for folder in ('.', 'benchmarks', 'gin', 'tasks')), re.DOTALL))
 COMMANDS = [shlex.split(line, comments=True)
@@ -42,9 +46,42 @@ def test_there_are_commands():
 
 
 @pytest.mark.parametrize('folder', PAGES)
-def test_links_lead_to_files(folder):
-  for link in re.findall(r'\]\(([^)#]+)\)', PAGES[folder]):
-    assert link.startswith('https://') or (ROOT / folder / link).exists(), link
+def test_links_lead_to_files_and_headings(folder):
+  for link in re.findall(r'\]\(([^)\s]+)\)', PAGES[folder]):
+    if link.startswith('https://'):
+      continue
+    path, _, heading = link.partition('#')
+    target = ROOT / folder / (path or 'README.md')
+    assert target.exists(), link
+    if heading:
+      page = target / 'README.md' if target.is_dir() else target
+      headings = re.findall(r'^#+ (.*)$', page.read_text('utf-8'), re.MULTILINE)
+      assert heading in [re.sub(r'[^\w -]', '', text.lower()).replace(' ', '-')
+                         for text in headings], link
+
+
+def test_the_tree_has_every_module():
+  tree = re.search(r'## The tree\n\n```\n(.*?)```', CONTRIBUTING, re.DOTALL)[1]
+  named = set(re.findall(r'\w+\.py', tree))
+  everywhere = {path.name for folder in ('prompt_tuning_jax', 'tasks')
+                for path in (ROOT / folder).rglob('*.py')}
+  assert named <= everywhere
+  for folder in ('prompt_tuning_jax', 'prompt_tuning_jax/data', 'tasks'):
+    modules = {path.name for path in (ROOT / folder).glob('[!_]*.py')}
+    assert modules <= named, modules - named
+
+
+def test_data_that_tfds_lacks_is_written_as_told(tmp_path, monkeypatch):
+  pytest.importorskip('tensorflow_datasets')
+  for name, text in (('train.txt', 'It was late.\n\nShe read on.\n'), ('validation.txt', 'No.')):
+    (tmp_path / name).write_text(text)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'tfds'))
+  code = re.findall(r'```python\n(.*?)```', PAGES['tasks'], re.DOTALL)[0]
+  exec(compile(code, 'tasks/README.md', 'exec'), {})
+  dataset = prepared.declared()['lm_novels']
+  assert not prepared.missing(dataset, str(tmp_path / 'tfds'))
+  assert prepared.rows(dataset, 'train', str(tmp_path / 'tfds')) == 2
 
 
 def test_the_example_of_a_benchmark_is_a_task(tmp_path, monkeypatch):
@@ -67,7 +104,7 @@ def test_the_example_of_a_benchmark_is_a_task(tmp_path, monkeypatch):
       raise AssertionError
 
   RottenTomatoes(data_dir=tmp_path / 'tfds').download_and_prepare()
-  code = re.search(r'```python\n(.*?)```', PAGES['tasks'], re.DOTALL)[1]
+  code = re.findall(r'```python\n(.*?)```', PAGES['tasks'], re.DOTALL)[-1]
   assert len(code.splitlines()) < 80
   (tmp_path / 'rotten_tomatoes.py').write_text(code)
   monkeypatch.syspath_prepend(str(tmp_path))

@@ -20,7 +20,7 @@ from prompt_tuning_jax.networks.t5 import T5Config
 from prompt_tuning_jax.partitioning import Partitioner
 from prompt_tuning_jax.prompts.soft_prompt import SoftPrompt
 from prompt_tuning_jax.training import run, state
-from prompt_tuning_jax.training.step import make_train_step
+from prompt_tuning_jax.training.step import Recipe, make_train_step
 
 CONFIG = T5Config(192, 64, 8, 2, 2, 8, 128)
 LENGTH, ROWS = 5, 16
@@ -48,8 +48,8 @@ def compiled(partitioner: Partitioner) -> dict:
       'decoder_input_tokens': jnp.ones((ROWS, 12), jnp.int32),
       'decoder_target_tokens': jnp.ones((ROWS, 12), jnp.int32),
       'decoder_loss_weights': jnp.ones((ROWS, 12), jnp.float32)})
-  step = make_train_step(model, optimizer, 0, partitioner=partitioner,
-                         shardings=jax.tree.map(lambda leaf: leaf.sharding, start))
+  step = make_train_step(Recipe(model, optimizer, 0, partitioner=partitioner),
+                         jax.tree.map(lambda leaf: leaf.sharding, start))
   program = step.lower(start, frozen, batch).compile()
   return {'collectives': partitioning.collectives(program.as_text()),
           'temporary': program.memory_analysis().temp_size_in_bytes,

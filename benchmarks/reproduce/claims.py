@@ -2,8 +2,9 @@
 
 A claim is that a sum of scores is larger than another by more than `by` points. It is measured once
 for each seed, all of whose runs see the same examples in the same order. With m the mean of what is
-over `by` and e its standard error over seeds, the claim holds if m > max(2 e, MARGIN), is contrary
-if m < -max(2 e, MARGIN), and is open otherwise, and where there are fewer than two seeds.
+over `by` and e its standard error over seeds (± is 2 e), the claim holds if m > max(2 e, MARGIN),
+is contrary if m < -max(2 e, MARGIN), and is open otherwise, and where there are fewer than two
+seeds.
 
 A finding is reproduced if all of its claims hold, not at this scale if one of them is contrary, and
 undecided otherwise, and where what it needs (that something was learnt at all) does not hold.

@@ -242,7 +242,8 @@ def fingerprint(params: PyTree) -> str:
 
   Over the sorted leaf names and shapes, then the bfloat16-rounded bytes of the embedding's rows
   0-1023 and of every one-dimensional leaf, in the order of their names. A fine-tuned sibling
-  differs; a T5X, a Hugging Face, a float32 and a bfloat16 copy agree. Leaves may still be stored.
+  differs, unless its kernels alone have changed (a LoRA that was merged); a T5X, a Hugging Face, a
+  float32 and a bfloat16 copy agree. Leaves may still be stored.
   """
   leaves: dict[str, Any] = param_paths.flatten(params)
   digest = hashlib.sha256()

@@ -35,7 +35,7 @@ def _is_product(primitive: Any, *args: Any, **kwargs: Any) -> bool:
 # products with weights, or a layer's inputs alone. What is not kept is computed again.
 REMAT_POLICIES = {'none': None, 'minimal': _is_product,
                   'full': jax.checkpoint_policies.nothing_saveable}
-_SCANNED = ('params', 'changes', 'cache', 'cross_cache', 'intermediates')
+_SCANNED = ('params', 'cache', 'cross_cache', 'intermediates')
 _ONE, _ALL = re.compile(r'(?<=/)layers_(\d+)(?=/)'), re.compile(r'(?<=/)layers(?=/)')
 
 

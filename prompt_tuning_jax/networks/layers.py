@@ -114,9 +114,9 @@ _rows_at.defvjp(_rows_forward, _rows_backward)
 class Dense(nn.Module):
   """A matrix product and a bias, if any: [..., in] -> [..., features] of `out_dtype` or `dtype`.
 
-  A collection `changes` (`prompts.weight_changes.of_rows`) changes the kernel for each example
-  of a batch on its own: `lora_a` [B, in, r] and `lora_b` [B, r, features] are added to it, `ia3_in`
-  [B, in] scales its inputs and `ia3` [B, features] its outputs.
+  Changes of the kernel (`prompts.weight_changes`) may stand beside it: `lora_a` [in, r] @ `lora_b`
+  [r, features] is added to it, `ia3_in` [in] scales its inputs and `ia3` [features] its outputs.
+  A collection `changes` has those of each example of a batch, with an axis [B, …] more.
   """
 
   features: int
@@ -131,49 +131,54 @@ class Dense(nn.Module):
     kernel = int8.param_with_axes('kernel', self.kernel_init, (x.shape[-1], self.features),
                                   self.axes, self)
     x = x.astype(self.dtype)
-    if (scale := self._change('ia3_in')) is not None:
-      x *= scale[:, None]
-    product = int8.dot(x, kernel, self.out_dtype)
-    if (thin := self._change('lora_a')) is not None:
-      product += (x @ thin @ self._change('lora_b')).astype(product.dtype)
+    for scale in _changes(self, 'ia3_in'):
+      x = (x * scale).astype(x.dtype)
+    product = _with_lora(self, x, int8.dot(x, kernel, self.out_dtype))
     if self.use_bias:
       bias = partitioning.param_with_axes(
           'bias', nn.initializers.zeros, (self.features,), jnp.float32, axes=self.axes[-1:])
       product += bias.astype(product.dtype)
-    if (scale := self._change('ia3')) is not None:
-      product *= scale[:, None].astype(product.dtype)
+    for scale in _changes(self, 'ia3'):
+      product = (product * scale).astype(product.dtype)
     return product
 
   def plain_kernel(self) -> Array | None:
     """The kernel [in, features] if a call is a product with it and no more, else None."""
     kernel = self.get_variable('params', 'kernel')
-    if self.use_bias or self.variables.get('changes') or not isinstance(kernel, jax.Array):
+    if (not isinstance(kernel, jax.Array) or set(self.variables['params']) != {'kernel'}
+        or self.variables.get('changes')):
       return None
     kernel = partitioning.with_sharding_constraint(kernel, PartitionSpec(*self.axes))
     return kernel.astype(self.dtype)
 
-  def _change(self, name: str) -> Array | None:
-    change = self.get_variable('changes', name)
-    return None if change is None else change.astype(self.dtype)
+
+def _changes(module: nn.Module, name: str) -> list[Array]:
+  """A change of a module's kernel for all examples, and one for each, if there are any."""
+  of_all, of_each = (module.get_variable(place, name) for place in ('params', 'changes'))
+  if of_each is not None and of_each.ndim == 2:  # [B, features]
+    of_each = of_each[:, None]
+  return [change for change in (of_all, of_each) if change is not None]
+
+
+def _with_lora(module: nn.Module, x: Array, product: Array) -> Array:
+  """A module's product with x, and that of its LoRA added, if it has one."""
+  for a, b in zip(_changes(module, 'lora_a'), _changes(module, 'lora_b'), strict=True):
+    product += (x @ a.astype(x.dtype) @ b.astype(x.dtype)).astype(product.dtype)
+  return product
 
 
 class TiedOutput(nn.Module):
   """Logits of an output layer that is the embedding table: [..., D] -> [..., V], float32.
 
   A LoRA of the layer (`prompts.weight_changes`), which leaves the embeddings of inputs as they are,
-  is added as `Dense` does it, from the collection `changes` or, for all examples, the parameters.
+  is added as `Dense` does it.
   """
 
   shared_embedding: Embed
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    product = int8.dot(x, self.shared_embedding.embedding.T, jnp.float32)
-    for collection in ('params', 'changes'):
-      if (thin := self.get_variable(collection, 'lora_a')) is not None:
-        wide = self.get_variable(collection, 'lora_b')
-        product += (x @ thin.astype(x.dtype) @ wide.astype(x.dtype)).astype(jnp.float32)
-    return product
+    return _with_lora(self, x, int8.dot(x, self.shared_embedding.embedding.T, jnp.float32))
 
 
 class LayerNorm(nn.Module):

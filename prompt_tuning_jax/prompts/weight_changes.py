@@ -1,20 +1,20 @@
-"""Small trained changes of frozen weights, as a function of parameter trees.
+"""Small trained changes of frozen weights, as leaves beside the kernels that they change.
 
   lora/PATH/{a,b}  a [in, r], b [r, out]: the kernel at PATH is W + a b (Hu et al. 2022)
-  ia3/PATH         [out]: the kernel's outputs are scaled, W diag(l), and so is the bias beside it,
-                   if there is one (Liu et al. 2022)
-  ia3_in/PATH      [in]: its inputs are scaled, diag(l) W, which for an MLP's last kernel is IA3's
-                   scaling of the hidden activations
+  ia3/PATH         [out]: the layer's outputs are scaled, its bias, if any, among them (Liu et al.
+                   2022)
+  ia3_in/PATH      [in]: its inputs are scaled, which for an MLP's last kernel is IA3's scaling of
+                   the hidden activations
 
-The network is as it was: it is given other kernels. Whatever else a tree of trained leaves holds
-(`prompt/…`, `prefix/…`) stands beside the network's own. So does a LoRA of an output layer that is
-the embedding table, which has no kernel of its own (`networks.layers.TiedOutput`).
+All together are ((x * ia3_in) (W + a b) + bias) * ia3. The kernel is never made: it stays as it is,
+in eight bits too, and a change too small for its dtype is not lost (`networks.layers.Dense`).
+Those of scanned layers have an axis more, [L, …]. Whatever else a tree of trained leaves holds
+(`prompt/…`, `prefix/…`) stands beside the network's own.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from prompt_tuning_jax import param_paths
@@ -25,37 +25,23 @@ TABLE = 'token_embedder/embedding'
 
 
 def combined(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> PyTree:
-  """The parameters that the model takes: frozen leaves with their changes, and new leaves.
+  """The parameters that the model takes: all leaves, changes beside their kernels.
 
   Part of a change may be frozen (`b` of a LoRA whose `a` trains).
 
   Raises:
-    ValueError: a change is of a leaf that the frozen tree lacks, or does not fit it.
+    ValueError: a change is of a kernel that the frozen tree lacks, or does not fit it.
   """
-  leaves = param_paths.flatten(frozen)
-  changes, beside = {}, {}
-  of_changes = {path: leaves.pop(path) for path in list(leaves)
-                if path.partition('/')[0] in KINDS}
-  for path, leaf in {**of_changes, **param_paths.flatten(trained)}.items():
-    kind, _, rest = path.partition('/')
-    (changes.setdefault(kind, {}) if kind in KINDS else beside)[
-        rest if kind in KINDS else path] = leaf
-  for kind, of in changes.items():
-    paths = {path.rpartition('/')[0] for path in of} if kind == 'lora' else set(of)
-    for path in sorted(paths):
-      table = tied_table(path, leaves) if kind == 'lora' else None
-      if table is not None:
-        a, b = _lora(path, table.shape[::-1], of)
-        layer = path.removesuffix('/kernel')
-        beside.update({f'{layer}/lora_a': a, f'{layer}/lora_b': b})
-        continue
-      if path not in leaves:
-        raise ValueError(f'{kind} changes {path}, which the base does not have.')
-      leaves[path] = _changed(kind, path, leaves[path], of)
-      bias = path.removesuffix('kernel') + 'bias'
-      if kind == 'ia3' and bias in leaves:
-        leaves[bias] = leaves[bias] * of[path].astype(leaves[bias].dtype)
-  return param_paths.merge(param_paths.unflatten(leaves), param_paths.unflatten(beside))
+  leaves = param_paths.flatten(param_paths.merge(trained, frozen))
+  changes = {path: leaves.pop(path) for path in list(leaves)
+             if path.partition('/')[0] in KINDS}
+  placed = {_beside(path): leaf for path, leaf in changes.items()}
+  for kind, path in sorted({_changed(path)[:2] for path in changes}):
+    table = tied_table(path, leaves) if kind == 'lora' else None
+    if path not in leaves and table is None:
+      raise ValueError(f'{kind} changes {path}, which the base does not have.')
+    _check(kind, path, leaves[path].shape if table is None else table.shape[::-1], changes)
+  return param_paths.unflatten({**leaves, **placed})
 
 
 def tied_table(path: str, leaves: Mapping[str, Any]) -> Any | None:
@@ -79,15 +65,11 @@ def stacked(changes: Sequence[Mapping[str, Any]]) -> dict[str, Array]:
   flat = [param_paths.flatten(tree) for tree in changes]
   collection = {}
   for path in sorted(set().union(*flat)):
-    kind, _, rest = path.partition('/')
-    module, kernel, name = rest.partition('/kernel')
-    if kind not in KINDS or not kernel:
-      raise ValueError(f'{path} does not change a kernel, so it is no per-example change of one.')
-    given = [tree.get(path) for tree in flat]
+    name, given = _beside(path), [tree.get(path) for tree in flat]
     shapes = [leaf.shape for leaf in given if leaf is not None]
     shape = tuple(max(sizes) for sizes in zip(*shapes, strict=True))  # Ranks may differ.
-    neutral = jnp.zeros(shape) if kind == 'lora' else jnp.ones(shape)
-    collection[f'{module}/{kind}{name.replace("/", "_")}'] = jnp.stack(
+    neutral = jnp.zeros(shape) if path.startswith('lora/') else jnp.ones(shape)
+    collection[name] = jnp.stack(
         [neutral if leaf is None else _padded(leaf, shape) for leaf in given])
   return collection
 
@@ -110,25 +92,33 @@ def _padded(leaf: Array, shape: tuple[int, ...]) -> Array:
   return jnp.pad(leaf, [(0, size - own) for size, own in zip(shape, leaf.shape, strict=True)])
 
 
-def _changed(kind: str, path: str, kernel: Array, of: Mapping[str, Array]) -> Array:
-  if not jax.tree_util.all_leaves([kernel]):  # values and their scales
-    raise ValueError(f'{kind} changes {path}, which has eight bits: take the base in bfloat16 or '
-                     'float32.')
+def _changed(path: str) -> tuple[str, str, str]:
+  """'lora/MODULE/kernel/a' -> ('lora', 'MODULE/kernel', 'a'); ValueError for what is no change."""
+  kind, _, kernel = path.partition('/')
+  kernel, _, part = kernel.rpartition('/') if kind == 'lora' else (kernel, '', '')
+  parts = ('a', 'b') if kind == 'lora' else ('',)
+  if kind not in KINDS or not kernel.endswith('/kernel') or part not in parts:
+    raise ValueError(f'{path} does not change a kernel, as lora/…/kernel/a, lora/…/kernel/b, '
+                     'ia3/…/kernel and ia3_in/…/kernel do.')
+  return kind, kernel, part
+
+
+def _beside(path: str) -> str:
+  """'lora/MODULE/kernel/a' -> 'MODULE/lora_a', where the module looks for it."""
+  kind, kernel, part = _changed(path)
+  return f'{kernel.removesuffix("kernel")}{kind}{part and f"_{part}"}'
+
+
+def _check(kind: str, path: str, shape: tuple[int, ...], changes: Mapping[str, Array]) -> None:
+  """Raises ValueError for a change that does not fit the kernel at `path`, of this shape."""
   if kind == 'lora':
-    a, b = _lora(path, kernel.shape, of)
-    return kernel + jnp.matmul(a, b).astype(kernel.dtype)
-  scale, axis = of[path], 1 if kind == 'ia3' else 0
-  if scale.shape != (kernel.shape[axis],):
-    raise ValueError(f'{kind} of {path}: {scale.shape} does not scale axis {axis} of '
-                     f'{kernel.shape}.')
-  return kernel * jnp.expand_dims(scale, 1 - axis).astype(kernel.dtype)
-
-
-def _lora(path: str, shape: tuple[int, ...], of: Mapping[str, Array]) -> tuple[Array, Array]:
-  """The two halves of a change of a kernel of this shape; ValueError where they are not."""
-  a, b = of.get(f'{path}/a'), of.get(f'{path}/b')
-  if a is None or b is None:
-    raise ValueError(f'lora of {path} needs both, a and b.')
-  if (a.shape[0], b.shape[1]) != shape or a.shape[1] != b.shape[0]:
-    raise ValueError(f'lora of {path}: {a.shape} and {b.shape} do not make {shape}.')
-  return a, b
+    a, b = changes.get(f'lora/{path}/a'), changes.get(f'lora/{path}/b')
+    if a is None or b is None:
+      raise ValueError(f'lora of {path} needs both, a and b.')
+    outer, inner = (*a.shape[:-1], *b.shape[-1:]), (*a.shape[:-2], *a.shape[-1:])
+    if outer != shape or inner != b.shape[:-1]:
+      raise ValueError(f'lora of {path}: {a.shape} and {b.shape} do not make {shape}.')
+    return
+  scale, axis = changes[f'{kind}/{path}'], -1 if kind == 'ia3' else -2
+  if scale.shape != (*shape[:-2], shape[axis]):
+    raise ValueError(f'{kind} of {path}: {scale.shape} does not scale axis {axis} of {shape}.')

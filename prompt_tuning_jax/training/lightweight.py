@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from prompt_tuning_jax import param_paths
 from prompt_tuning_jax.checkpoints.base_checkpoint import Base
-from prompt_tuning_jax.networks import layers
+from prompt_tuning_jax.networks import layer_stack, layers
 from prompt_tuning_jax.prompted_model import PromptedModel
 from prompt_tuning_jax.prompts.adapters import BottleneckAdapters
 from prompt_tuning_jax.prompts.places import layers_at
@@ -45,7 +45,7 @@ class Lora:
 
   def initial(self, key: Array, base: Base, vocabulary: Any) -> PyTree:
     """a is random and b is 0: training starts from the base model."""
-    kernels, config = param_paths.flatten(base.params), base.config
+    kernels, config = _by_layer(base), base.config
     kernels.setdefault(config.output, jax.ShapeDtypeStruct((config.emb_dim, config.vocab_size),
                                                            jnp.float32))
     leaves = {}
@@ -55,7 +55,7 @@ class Lora:
       leaves[f'lora/{path}/a'] = spread * jax.random.normal(
           jax.random.fold_in(key, i), (inputs, self.rank))
       leaves[f'lora/{path}/b'] = jnp.zeros((self.rank, outputs))
-    return param_paths.unflatten(leaves)
+    return _as_layers_are(leaves, config)
 
   def save(self, path: pathlib.Path, trained: PyTree, base: Base, about: Mapping[str, Any]):
     """Writes the matrices as `path`.safetensors."""
@@ -78,11 +78,11 @@ class Ia3:
 
   def initial(self, key: Array, base: Base, vocabulary: Any) -> PyTree:
     """Ones: training starts from the base model."""
-    kernels, leaves = param_paths.flatten(base.params), {}
+    kernels, leaves = _by_layer(base), {}
     for kind, patterns, axis in (('ia3', self.outputs, 1), ('ia3_in', self.inputs, 0)):
       for path in param_paths.matching(patterns, kernels):
         leaves[f'{kind}/{path}'] = jnp.ones(_kernel_shape(path, kernels[path])[axis])
-    return param_paths.unflatten(leaves)
+    return _as_layers_are(leaves, base.config)
 
   def save(self, path: pathlib.Path, trained: PyTree, base: Base, about: Mapping[str, Any]):
     """Writes the vectors as `path`.safetensors."""
@@ -160,9 +160,16 @@ class PartTuning:
 
 
 def _kernel_shape(path: str, kernel: Array) -> tuple[int, int]:
-  if '/layers/' in path:
-    raise ValueError('LoRA and IA3 change layers one by one, and scanned layers are one: take '
-                     'SCAN_LAYERS=False.')
-  if kernel.ndim != 2:
-    raise ValueError(f'{path} is no kernel: expected [in, out], got {list(kernel.shape)}.')
+  if not path.endswith('/kernel'):
+    raise ValueError(f'{path} is no kernel, of which LoRA and IA3 are changes.')
   return kernel.shape
+
+
+def _by_layer(base: Base) -> dict[str, Any]:
+  """{path: leaf}, sorted, of single layers: what starts at random starts alike if scanned."""
+  return dict(sorted(layer_stack.unrolled(param_paths.flatten(base.params)).items()))
+
+
+def _as_layers_are(leaves: Mapping[str, Array], config: Any) -> PyTree:
+  """The tree of leaves of single layers, those of all layers as one where these are scanned."""
+  return param_paths.unflatten(layer_stack.scanned(leaves) if config.scan_layers else leaves)

@@ -110,8 +110,8 @@ def alone(training: Training) -> Any:
   with stop_requested() as stop, contextlib.closing(training.steps(stop)) as running:
     try:
       step, state = next(running)
-      train_step = make_train_step(
-          **vars(training.recipe), shardings=jax.tree.map(lambda leaf: leaf.sharding, state))
+      train_step = make_train_step(training.recipe,
+                                   jax.tree.map(lambda leaf: leaf.sharding, state))
       put = lambda step: training.recipe.partitioner.put_batch(training.batch_at(step))
       with contextlib.closing(Prefetch(put, step)) as batches:
         while True:

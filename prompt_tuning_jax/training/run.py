@@ -197,7 +197,7 @@ def _source(batching: Callable, tasks: mixture.Mixture, caches: list[TokenCache]
   for cache in caches:
     evaluate.check_labelled(cache)
   rates = tasks.rate([cache.num_examples for cache in caches]) if len(caches) > 1 else None
-  return batching(caches, batch_size, seed, virtual, rates=rates)
+  return batching(caches, batch_size=batch_size, seed=seed, virtual=virtual, rates=rates)
 
 
 def _evaluator(predictor: Predictor, tasks: mixture.Mixture, virtual: Sequence[Any],

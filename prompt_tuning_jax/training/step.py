@@ -99,30 +99,22 @@ class Recipe:
     return self.optimizer.step(key, state.trainable, state.opt_state, gradients, table, loss)
 
 
-def make_train_step(model: PromptedModel, optimizer: optax.GradientTransformation | WordSearch,
-                    seed: int, z_loss: float = 0.0, label_smoothing: float = 0.0,
-                    num_microbatches: int = 1, partitioner: Partitioner = Partitioner(),
-                    choices: Choices | None = None,
-                    shardings: TrainState | None = None) -> Callable:
+def make_train_step(recipe: Recipe, shardings: TrainState | None = None) -> Callable:
   """A compiled (state, frozen, batch) -> (state, metrics); `state` is donated.
 
-  The arguments are those of a `Recipe`, and `shardings` of the state as it comes out. The frozen
-  leaves are an argument of the step, so they are neither differentiated, copied nor baked into the
-  program.
+  `shardings` are those of the state as it comes out. The frozen leaves are an argument of the step,
+  so they are neither differentiated, copied nor baked into the program.
 
   Metrics are [] float32: loss (nats per target token; per target with `choices`), accuracy
   (teacher-forced), tokens, grad_norm.
   """
-  recipe = Recipe(model, optimizer, seed, z_loss, label_smoothing, num_microbatches, partitioner,
-                  choices)
-
   def train_step(state: TrainState, frozen: PyTree, batch: Batch):
     gradients, metrics = recipe.gradients(state.trainable, frozen, batch,
                                           recipe.dropout_key(state.step))
     return recipe.updated(state, gradients, metrics, frozen, batch)
 
-  outputs = shardings and (shardings, partitioner.replicated)
-  return partitioner.jit(train_step, donate_argnums=0, out_shardings=outputs)
+  outputs = shardings and (shardings, recipe.partitioner.replicated)
+  return recipe.partitioner.jit(train_step, donate_argnums=0, out_shardings=outputs)
 
 
 def _accumulated(gradient: Callable, batch: Batch, key: Array, count: int) -> tuple[PyTree, dict]:

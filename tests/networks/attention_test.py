@@ -176,13 +176,15 @@ def test_keys_are_made_where_there_are_many_queries():
   assert apply(params, encoded, False)[1][0].shape == (B, N, H, 9)
 
 
-def test_a_change_of_a_kernel_for_each_example_has_keys_and_values_made():
+def test_a_change_of_a_kernel_has_keys_and_values_made():
   x, encoded = draw(B, 2, D), draw(B, 9, D)
   module, params = module_and_params(x)
   changes = {'value': {'ia3': jnp.array([[1.0], [2.0]]) * jnp.ones(N * H)}}
   out = functools.partial(module.apply, inputs_q=x, inputs_kv=encoded, cross=True)
   np.testing.assert_allclose(out({'params': params, 'changes': changes}),
                              np.array([1, 2])[:, None, None] * out({'params': params}), atol=1e-5)
+  changed = {**params, 'value': {**params['value'], 'ia3': 2 * jnp.ones(N * H)}}
+  np.testing.assert_allclose(out({'params': changed}), 2 * out({'params': params}), atol=1e-5)
 
 
 def test_dropout_of_weights_is_the_same_with_and_without_keys_and_keeps_the_mean():

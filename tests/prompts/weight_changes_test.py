@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax import param_paths
+from prompt_tuning_jax.networks import int8, layers
 from prompt_tuning_jax.networks.bart import BartConfig
 from prompt_tuning_jax.networks.bert import BertConfig
 from prompt_tuning_jax.networks.gpt import GPTConfig
@@ -13,52 +14,66 @@ from prompt_tuning_jax.networks.t5 import T5Config
 from prompt_tuning_jax.prompts.weight_changes import combined, of_rows, stacked
 
 RNG = np.random.default_rng(0)
-FROZEN = {'encoder': {'query': {'kernel': RNG.normal(size=(4, 6))},
-                      'wo': {'kernel': RNG.normal(size=(5, 4))}}}
-X = RNG.normal(size=(3, 4))
+draw = lambda *shape: RNG.normal(size=shape).astype(np.float32)
+KERNEL, BIAS, X = draw(4, 6), draw(6), draw(3, 5, 4)
+FROZEN = {'encoder': {'query': {'kernel': KERNEL}, 'wo': {'kernel': draw(5, 4)}}}
+A, B, OUT, IN = draw(4, 2), draw(2, 6), draw(6), draw(4)
+CHANGES = {'lora/dense/kernel/a': A, 'lora/dense/kernel/b': B, 'ia3/dense/kernel': OUT,
+           'ia3_in/dense/kernel': IN}
 
 
-def test_lora_adds_a_product():
-  a, b = RNG.normal(size=(4, 2)), RNG.normal(size=(2, 6))
-  tree = combined({'lora': {'encoder': {'query': {'kernel': {'a': a, 'b': b}}}}}, FROZEN)
-  expected = X @ FROZEN['encoder']['query']['kernel'] + (X @ a) @ b
-  np.testing.assert_allclose(X @ tree['encoder']['query']['kernel'], expected, atol=1e-5)
-  np.testing.assert_array_equal(tree['encoder']['wo']['kernel'], FROZEN['encoder']['wo']['kernel'])
-  assert param_paths.flatten(tree).keys() == param_paths.flatten(FROZEN).keys()
+def output(changes, kernel=KERNEL, x=X, dtype=jnp.float32):
+  """Of a layer with a bias."""
+  params = combined(param_paths.unflatten(changes), {'dense': {'kernel': kernel, 'bias': BIAS}})
+  assert params['dense']['kernel'] is kernel
+  layer = layers.Dense(6, ('embed', 'joined_kv'), dtype, use_bias=True)
+  return layer.apply({'params': params['dense']}, x)
 
 
-def test_ia3_scales_outputs_or_inputs():
-  scale, scale_in = RNG.normal(size=6), RNG.normal(size=5)
-  hidden = RNG.normal(size=(3, 5))
-  tree = combined({'ia3': {'encoder': {'query': {'kernel': scale}}},
-                   'ia3_in': {'encoder': {'wo': {'kernel': scale_in}}}}, FROZEN)
-  np.testing.assert_allclose(X @ tree['encoder']['query']['kernel'],
-                             scale * (X @ FROZEN['encoder']['query']['kernel']), atol=1e-5)
-  np.testing.assert_allclose(hidden @ tree['encoder']['wo']['kernel'],
-                             (scale_in * hidden) @ FROZEN['encoder']['wo']['kernel'], atol=1e-5)
+@pytest.mark.parametrize(('kinds', 'expected'), [
+    ((), X @ KERNEL + BIAS), (('lora',), X @ KERNEL + X @ A @ B + BIAS),
+    (('ia3',), (X @ KERNEL + BIAS) * OUT), (('ia3_in',), (X * IN) @ KERNEL + BIAS),
+    (('lora', 'ia3', 'ia3_in'), ((X * IN) @ (KERNEL + A @ B) + BIAS) * OUT)])
+def test_changes_are_what_the_papers_define_alone_and_in_a_batch(kinds, expected):
+  changes = {path: leaf for path, leaf in CHANGES.items() if path.partition('/')[0] in kinds}
+  np.testing.assert_allclose(output(changes), expected, rtol=1e-4, atol=1e-5)
+  if kinds:
+    each = of_rows(stacked([{}, param_paths.unflatten(changes)]), np.array([0, 1, 1]))
+    mixed = layers.Dense(6, ('embed', 'joined_kv'), use_bias=True).apply(
+        {'params': {'kernel': KERNEL, 'bias': BIAS}, 'changes': each['dense']}, X)
+    np.testing.assert_allclose(mixed[0], (X @ KERNEL + BIAS)[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(mixed[1:], expected[1:], rtol=1e-4, atol=1e-5)
 
 
-def test_ia3_scales_a_bias_with_its_kernel():
-  """What is scaled is the layer's output, W x + b."""
-  biased = {'query': {'kernel': RNG.normal(size=(4, 6)), 'bias': RNG.normal(size=6)}}
-  scale = RNG.normal(size=6)
-  tree = combined({'ia3': {'query': {'kernel': scale}}}, biased)['query']
-  np.testing.assert_allclose(X @ tree['kernel'] + tree['bias'], scale * (
-      X @ biased['query']['kernel'] + biased['query']['bias']), atol=1e-5)
+def test_changes_smaller_than_the_steps_of_a_dtype_are_not_lost():
+  """Of bfloat16 near 1 these are 1 / 128, of eight bits 1 / 127: sums with the kernel lose all."""
+  ones, x = np.ones((4, 6), np.float32), np.ones((1, 1, 4), np.float32)
+  small = {'lora/dense/kernel/a': np.full((4, 1), 1e-3, np.float32),
+           'lora/dense/kernel/b': np.ones((1, 6), np.float32)}
+  eight_bits = int8.Quantized(*int8.quantize(ones.T), exchanged=True)
+  for kernel, dtype in ((jnp.asarray(ones, jnp.bfloat16), jnp.float32),
+                        (eight_bits, jnp.float32)):
+    gain = output(small, kernel, x, dtype) - output({}, kernel, x, dtype)
+    np.testing.assert_allclose(gain, np.full((1, 1, 6), 4e-3), rtol=1e-2)
+  scaled = output({'ia3/dense/kernel': np.full(6, 1.003, np.float32)}, 100 * ones, x, jnp.bfloat16)
+  assert np.all(scaled > output({}, 100 * ones, x, jnp.bfloat16))  # 400 becomes 402
 
 
 def test_without_changes_it_is_merge():
   beside = {'prompt': {'embedding': np.ones((2, 4))}}
   tree, expected = combined(beside, FROZEN), param_paths.merge(beside, FROZEN)
   assert param_paths.flatten(tree).keys() == param_paths.flatten(expected).keys()
-  ones = combined({'ia3': {'encoder': {'query': {'kernel': jnp.ones(6)}}}}, FROZEN)
-  np.testing.assert_allclose(ones['encoder']['query']['kernel'],
-                             FROZEN['encoder']['query']['kernel'], rtol=1e-6)
 
 
 @pytest.mark.parametrize(('trained', 'message'), [
-    ({'ia3': {'decoder': np.ones(6)}}, 'ia3 changes decoder, which the base does not have'),
-    ({'ia3': {'encoder': {'query': {'kernel': np.ones(4)}}}}, 'does not scale axis 1'),
+    ({'ia3': {'decoder': {'kernel': np.ones(6)}}},
+     'ia3 changes decoder/kernel, which the base does not have'),
+    ({'lora': {'token_embedder': {'embedding': {'a': np.ones((4, 2)), 'b': np.ones((2, 6))}}}},
+     'lora/token_embedder/embedding/a does not change a kernel'),
+    ({'ia3': {'encoder': {'query': {'kernel': np.ones(())}}}}, 'does not scale axis -1'),
+    ({'lora': {'encoder': {'query': {'kernel': {'a': np.ones((4, 2)), 'b': np.ones(6)}}}}},
+     'do not make'),
+    ({'ia3': {'encoder': {'query': {'kernel': np.ones(4)}}}}, 'does not scale axis -1'),
     ({'lora': {'encoder': {'query': {'kernel': {'a': np.ones((4, 2)), 'b': np.ones((3, 6))}}}}},
      'do not make'),
     ({'lora': {'encoder': {'query': {'kernel': {'a': np.ones((4, 2))}}}}}, 'needs both, a and b'),
@@ -72,7 +87,6 @@ def test_changes_that_do_not_fit_are_refused(trained, message):
     T5Config(40, 8, 2, 1, 1, 4, 16),
     GPTConfig(40, 8, 2, 1, 4, 16, ('gelu',), max_positions=20, use_bias=True)])
 def test_a_batch_that_mixes_changes_is_each_alone(config):
-  draw = lambda *shape: RNG.normal(size=shape).astype(np.float32)
   base = param_paths.unflatten({path: draw(*spec.shape) / np.sqrt(spec.shape[0])
                                 for path, spec in parameter_specs(config).items()})
   query, wo = 'decoder/layers_0/self_attention/query/kernel', 'decoder/layers_0/mlp/wo/kernel'
@@ -108,7 +122,6 @@ def test_a_tied_output_layer_changes_and_the_embeddings_of_inputs_do_not(kind):
   """A change of one column, for each example and for all: that word's logits alone are others, by
   the product that the change is."""
   config, word = TIED[kind], 7
-  draw = lambda *shape: RNG.normal(size=shape).astype(np.float32)
   base = param_paths.unflatten({path: draw(*spec.shape) / np.sqrt(spec.shape[0])
                                 for path, spec in parameter_specs(config).items()})
   assert config.output not in param_paths.flatten(base)

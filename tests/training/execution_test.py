@@ -42,7 +42,8 @@ def trained(folder, base, reviews, method, **settings):
 @pytest.mark.parametrize('method', [
     methods.PromptTuning(length=4), methods.DeepPrompt(length=4),
     prefix_tuning.PrefixTuning(length=3, width=None), lightweight.PartTuning(),
-], ids=['prompt', 'deep_prompt', 'prefix', 'norm_scales'])
+    lightweight.Lora(rank=2, alpha=2.0), lightweight.Ia3(),
+], ids=['prompt', 'deep_prompt', 'prefix', 'norm_scales', 'lora', 'ia3'])
 def test_a_scanned_run_leaves_what_an_unrolled_one_does(method, tmp_path, two_layers, reviews):
   """Under the same names, for the same base, up to the order of sums."""
   plain, scanned = (prompt_file.load(trained(tmp_path / name, two_layers, reviews, method,
@@ -66,9 +67,12 @@ def test_a_model_that_is_tuned_scanned_is_written_by_layers(tmp_path, two_layers
 
 
 @pytest.mark.slow
-def test_a_prompt_of_a_base_in_eight_bits(tmp_path, two_layers, reviews, capsys):
-  """It trains, belongs to the same base, and is evaluated in eight bits or in full."""
-  prompt = trained(tmp_path / 'model', two_layers, reviews, methods.PromptTuning(length=4),
+@pytest.mark.parametrize('method', [
+    methods.PromptTuning(length=4), lightweight.Lora(rank=2), lightweight.Ia3()],
+    ids=['prompt', 'lora', 'ia3'])
+def test_what_trains_beside_a_base_in_eight_bits(method, tmp_path, two_layers, reviews, capsys):
+  """It belongs to the same base, and is evaluated in eight bits or in full."""
+  prompt = trained(tmp_path / 'model', two_layers, reviews, method,
                    execution=SCANNED, parameter_dtype='int8')
   prompt_file.check(prompt_file.load(prompt), base_checkpoint.load_base(two_layers))
   lines = reviews.read_text(encoding='utf-8').splitlines()[:4]
@@ -83,11 +87,8 @@ def test_a_prompt_of_a_base_in_eight_bits(tmp_path, two_layers, reviews, capsys)
 
 @pytest.mark.parametrize('method, settings, message', [
     (methods.ModelTuning(), {'parameter_dtype': 'int8'}, 'is of frozen weights, but .* trains'),
-    (lightweight.Lora(), {'parameter_dtype': 'int8'}, 'lora changes .*, which has eight bits'),
-    (lightweight.Ia3(), {'parameter_dtype': 'int8'}, 'ia3 changes .*, which has eight bits'),
-    (lightweight.Lora(), {'execution': SCANNED}, 'take SCAN_LAYERS=False'),
     (methods.PromptTuning(4), {'execution': Execution(attention='pallas')}, 'needs a TPU'),
-], ids=['model', 'lora', 'ia3', 'lora_scanned', 'pallas'])
+], ids=['model', 'pallas'])
 def test_what_cannot_be_is_told_in_one_line(method, settings, message, tmp_path, two_layers,
                                             reviews):
   with pytest.raises(ValueError, match=message) as error:

@@ -52,7 +52,7 @@ def batch(seed, length, width=6, targets=5):
 
 
 def alone(recipe, start, given):
-  step, state, losses = make_train_step(**vars(recipe)), start(), []
+  step, state, losses = make_train_step(recipe), start(), []
   for each in given:
     state, metrics = step(state, BASE, each)
     losses.append(float(metrics['loss']))

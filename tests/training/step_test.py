@@ -12,7 +12,7 @@ from prompt_tuning_jax import optimizers, param_paths, prompted_model
 from prompt_tuning_jax.networks import t5
 from prompt_tuning_jax.training import methods
 from prompt_tuning_jax.training import state as train_state
-from prompt_tuning_jax.training.step import make_train_step
+from prompt_tuning_jax.training.step import Recipe, make_train_step
 
 CONFIG = t5.T5Config(vocab_size=40, emb_dim=8, num_heads=2, num_encoder_layers=1,
                      num_decoder_layers=1, head_dim=4, mlp_dim=16)
@@ -25,7 +25,7 @@ def made(method, optimizer=None, **settings):
   params = method.model(CONFIG).init(jax.random.key(0), token, token, token)['params']
   trainable, frozen = param_paths.split(params, method.trainable)
   optimizer = optimizer or optimizers.adafactor()
-  step = make_train_step(method.model(CONFIG), optimizer, seed=7, **settings)
+  step = make_train_step(Recipe(method.model(CONFIG), optimizer, seed=7, **settings))
   return train_state.create(trainable, optimizer), frozen, step
 
 
@@ -102,7 +102,7 @@ def test_microbatches_are_one_batch():
   for count in (1, 2, 4):
     state, frozen, _ = made(METHODS[0], optax.sgd(1.0))
     model = METHODS[0].model(dataclasses.replace(CONFIG, dropout_rate=0.0))
-    step = make_train_step(model, optax.sgd(1.0), 7, num_microbatches=count)
+    step = make_train_step(Recipe(model, optax.sgd(1.0), 7, num_microbatches=count))
     state, metrics = step(state, frozen, uneven)
     results.append((leaves(state.trainable)['prompt/embedding'], jax.device_get(metrics)))
   for prompt, metrics in results[1:]:

@@ -132,7 +132,7 @@ def test_a_step_without_gradients_is_measured_without_dropout(kind):
   recipe, state, loss = searching(Mutations(4), 2, kind)
   assert not recipe.guided
   before, given = np.array(state.trainable['prompt']['embedding']), batch(0)
-  step = make_train_step(**vars(recipe))
+  step = make_train_step(recipe)
   for _ in range(3):
     state, metrics = step(state, base_of(kind).params, given)
     assert metrics['grad_norm'] == 0
@@ -153,7 +153,7 @@ def test_searches_run_together_as_alone():
   members = [searching(FirstOrder(4), 2, length=length, seed=length)[:2] for length in (3, 2)]
   given = [batch(length, length) for length in (3, 2)]
   step = population.make_population_step(*map(list, zip(*members, strict=True)))
-  alone = [make_train_step(**vars(recipe))(jax.tree.map(jnp.copy, state), base_of('t5').params, own)
+  alone = [make_train_step(recipe)(jax.tree.map(jnp.copy, state), base_of('t5').params, own)
            for (recipe, state), own in zip(members, given, strict=True)]
   both = step([state for _, state in members], base_of('t5').params, population.together(given))
   for (one, _), (other, _) in zip(alone, both, strict=True):
@@ -239,7 +239,7 @@ def test_labels_are_measured_among_themselves():
       choices_behind, targets_too=True))
   np.testing.assert_allclose(both, behind + whole * count['tokens'] / 4, rtol=1e-5)
   assert metrics['tokens'] == 4 and metrics['loss'] == both
-  before, step = float(found), make_train_step(**vars(recipe))
+  before, step = float(found), make_train_step(recipe)
   for _ in range(4):
     state, _ = step(state, base_of('t5').params, given)
   params = {**base_of('t5').params, **state.trainable}
