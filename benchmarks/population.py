@@ -82,7 +82,7 @@ def main():
   add = parser.add_argument
   add('--networks', nargs='+', default=['mini', 't5_1_1_small'])
   add('--rows', type=int, nargs='+', default=[1, 4], help='of each member')
-  add('--members', type=int, nargs='+', default=[4])
+  add('--members', type=int, nargs='+', default=[8], help='prompts; `sweep` takes up to 8')
   add('--input_lengths', type=int, nargs='+', default=[16, 64])
   add('--prompt_length', type=int, default=20)
   add('--target_length', type=int, default=8)
