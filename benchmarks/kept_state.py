@@ -1,6 +1,6 @@
 """What keeping a run costs: bytes of a saved state, time that a save holds the loop, time to start.
 
-  python benchmarks/kept_state.py --output benchmarks/kept_state.json
+  python benchmarks/kept_state.py --output /tmp/kept_state.json
 
 `bytes`: all files of one saved state against the trained leaves, for prompts of several sizes,
 after a few updates, so that the optimizer's moments are numbers and not zeros.

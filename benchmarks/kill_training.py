@@ -224,7 +224,7 @@ def kill(folder: pathlib.Path, kills: int, steps: int, seed: int) -> dict:
   return {
       'kills': len(told), 'by_moment': dict(collections.Counter(each['moment'] for each in told)),
       'while_doing': dict(collections.Counter(each['doing'] for each in told)),
-      'runs_to_the_end': ended, 'bit_equal': ended, 'failed_resumes': 0,
+      'runs_to_the_end': ended, 'bit_equal': ended,
       'steps_of_a_run': steps, 'save_period': SAVE, 'eval_period': EVAL,
       'seconds_of_a_run': round(seconds, 1), 'most_steps_lost': max(lost, default=0),
       'median_steps_lost': statistics.median(lost) if lost else 0, 'each': told}

@@ -227,10 +227,14 @@ def main() -> int:
   flags = parser.parse_args()
   known, failed = {}, []
   if flags.output and flags.output.exists() and flags.only != list(BENCHMARKS):
-    known = json.loads(flags.output.read_text('utf-8'))['benchmarks']
+    before = json.loads(flags.output.read_text('utf-8'))
+    if before['quick'] != flags.quick:
+      parser.error(f'{flags.output} has figures {"of" if before["quick"] else "without"} --quick: '
+                   'name another --output.')
+    known = before['benchmarks']
+    failed = [name for name in before['failed'] if name not in flags.only]
   with tempfile.TemporaryDirectory() as folder:
     for name in flags.only:
-      known.pop(name, None)
       try:
         known[name] = run(name, flags.quick, pathlib.Path(folder))
       except SystemExit as error:
