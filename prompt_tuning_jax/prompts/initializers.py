@@ -5,7 +5,6 @@ table [V, D] and its vocabulary; it returns [P, D] float32.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Set
 from typing import Protocol
 
@@ -49,11 +48,10 @@ class SampledVocabulary:
   def __call__(self, key, length: int, table: Array, vocabulary: Vocabulary | None) -> Array:
     if self.first_n < 1:
       raise ValueError(f'first_n must be at least 1, got {self.first_n}.')
-    untrained = () if vocabulary is None else vocabulary.untrained
-    trained = (i for i in range(table.shape[0]) if i not in untrained)
-    words = jnp.array([*itertools.islice(trained, self.first_n)])
+    untrained = [] if vocabulary is None else [*vocabulary.untrained]
+    words = np.setdiff1d(np.arange(table.shape[0]), untrained)[:self.first_n]
     drawn = jax.random.choice(key, len(words), (length,), replace=length > len(words))
-    return table[words[drawn]].astype(jnp.float32)
+    return table[jnp.asarray(words)[drawn]].astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)

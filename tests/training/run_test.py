@@ -1,12 +1,8 @@
-"""A whole run on a tiny base: its files, resuming, and every way of using the prompt."""
+"""A whole run on a tiny base: its files, and every way of using the prompt."""
 
-import contextlib
 import functools
 import json
 import os
-import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -101,65 +97,6 @@ def test_no_steps_evaluate_the_start(tmp_path, tiny_base, reviews):
   lines = [json.loads(line) for line in (tmp_path / 'model' / 'metrics.jsonl').open()]
   assert [(line['step'], line['split']) for line in lines] == [(0, 'validation')]
   assert lines[0]['accuracy'] == result['best_value'] and result['best_step'] == 0
-
-
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    finished, tmp_path, tiny_base, reviews):
-  folder, _ = finished
-  for steps in (5, 12):  # 5 is no multiple of any period
-    trained(tmp_path / 'model', tiny_base, reviews, steps)
-  for name in ('best', 'last'):
-    one, other = (prompt_file.load(path / 'prompts' / f'{name}.safetensors')
-                  for path in (folder, tmp_path / 'model'))
-    np.testing.assert_array_equal(one.params['prompt/embedding'], other.params['prompt/embedding'])
-  lines = lambda path: [json.loads(line) for line in (path / 'metrics.jsonl').open()]
-  losses = lambda path: {line['step']: line['loss'] for line in lines(path)
-                         if line['split'] == 'train'}
-  both = losses(folder).keys() & losses(tmp_path / 'model').keys()
-  assert both >= {2, 4, 8, 10, 12}
-  assert all(losses(folder)[step] == losses(tmp_path / 'model')[step] for step in both - {6})
-
-
-def test_a_resumed_run_tells_what_an_uninterrupted_one_does(
-    tmp_path, tiny_base, reviews, monkeypatch):
-  """It was stopped by a signal between two lines, and then killed after the next one."""
-  def killed(step):
-    if step == 7:
-      raise KeyboardInterrupt
-
-  train = lambda name: trained(tmp_path / name, tiny_base, reviews, log_period=3)
-  train('whole')
-  with monkeypatch.context() as patch:
-    for stop in (lambda step: step == 5, killed):
-      patch.setattr(loop, 'stop_requested', functools.partial(contextlib.nullcontext, stop))
-      with contextlib.suppress(KeyboardInterrupt):
-        train('parts')
-  train('parts')
-  one, other = (read(tmp_path / name / 'metrics.jsonl') for name in ('whole', 'parts'))
-  for line in (*one, *other):
-    line.pop('examples_per_second', None)
-  assert one == other and [line['step'] for line in one] == [3, 4, 6, 8, 9, 12, 12]
-
-
-def test_another_optimizer_in_the_same_folder_is_refused(tmp_path, tiny_base, reviews):
-  trained(tmp_path, tiny_base, reviews, 2)
-  with pytest.raises(ValueError, match='cannot be resumed'):
-    trained(tmp_path, tiny_base, reviews, 4, method=methods.PromptTuning(length=5))
-  with pytest.raises(ValueError, match='seed was 0 and is 1'):
-    trained(tmp_path, tiny_base, reviews, 4, seed=1)
-
-
-def test_a_run_is_not_resumed_on_other_data_or_another_evaluation(tmp_path, tiny_base, reviews):
-  rows = tmp_path / 'rows.jsonl'
-  rows.write_bytes(reviews.read_bytes())
-  trained(tmp_path / 'model', tiny_base, rows, 2)
-  with pytest.raises(ValueError, match='rank_labels was True and is False'):
-    trained(tmp_path / 'model', tiny_base, rows, 4, rank_labels=False)
-  rows.write_text(reviews.read_text('utf-8').replace('this film', 'that film'), encoding='utf-8')
-  with pytest.raises(ValueError, match='another run: batching was'):
-    trained(tmp_path / 'model', tiny_base, rows, 4)
-  rows.write_bytes(reviews.read_bytes())
-  assert trained(tmp_path / 'model', tiny_base, rows, 4)['steps'] == 4
 
 
 def test_labels_are_kept_where_nothing_is_evaluated(tmp_path, tiny_base, reviews):
@@ -298,46 +235,6 @@ def test_a_prompt_of_another_base_is_refused(finished, tmp_path, tiny_base, caps
                      str(tmp_path / 'out.jsonl'), '--prompt',
                      str(folder / 'prompts' / 'best.safetensors')]) == 1
   assert 'fingerprint' in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_a_killed_command_resumes_to_the_same_prompt(finished, tmp_path, tiny_base, reviews):
-  """SIGTERM in the middle of `python -m prompt_tuning_jax.train`, then the same command again."""
-  command = [sys.executable, '-m', 'prompt_tuning_jax.train',
-             '--gin_file=run/prompt_tuning_text_file.gin', f'--gin.MODEL_DIR={tmp_path / "model"}',
-             f'--gin.INITIAL_CHECKPOINT_PATH={tiny_base}', f'--gin.TRAIN_FILE={reviews}',
-             '--gin.PROMPT_LENGTH=4', '--gin.TRAIN_STEPS=1200', '--gin.BATCH_SIZE=8',
-             '--gin.EVAL_PERIOD=400', '--gin.SAVE_PERIOD=200', '--gin.run.train.log_period=20',
-             "--gin.TASK_FEATURE_LENGTHS={'inputs': 24, 'targets': 8}"]
-  process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
-  for line in process.stderr:
-    if line.startswith('step'):
-      process.send_signal(signal.SIGTERM)
-      break
-  rest = process.stderr.read()
-  assert process.wait() == 0, rest
-  assert 'as a signal asked' in rest
-  done = subprocess.run(command, capture_output=True, text=True, check=False)
-  assert done.returncode == 0, done.stderr
-  assert 'Resuming at step' in done.stderr
-  again = [arg.replace(str(tmp_path / 'model'), str(tmp_path / 'other')) for arg in command]
-  subprocess.run(again, capture_output=True, text=True, check=True)
-  one, other = (prompt_file.load(tmp_path / name / 'prompts' / 'last.safetensors')
-                for name in ('model', 'other'))
-  np.testing.assert_array_equal(one.params['prompt/embedding'], other.params['prompt/embedding'])
-
-
-@pytest.mark.slow
-def test_a_packed_run_resumes_bit_for_bit(tmp_path, tiny_base, reviews):
-  options = {'batching': packing.PackedBatches, 'batch_size': 2}
-  for name, steps in (('whole', (6,)), ('parts', (3, 6))):
-    for last in steps:
-      trained(tmp_path / name, tiny_base, reviews, last, **options)
-  one, other = (prompt_file.load(tmp_path / name / 'prompts' / 'last.safetensors')
-                for name in ('whole', 'parts'))
-  np.testing.assert_array_equal(one.params['prompt/embedding'], other.params['prompt/embedding'])
-  with pytest.raises(ValueError, match='batching was'):
-    trained(tmp_path / 'whole', tiny_base, reviews, 8, batch_size=2)
 
 
 @pytest.mark.slow
